@@ -1,0 +1,375 @@
+"""The embedded data: drawn scenes of one to three coloured shapes, with captions, questions and answers.
+
+A scene follows from (split, index) alone. Its canonical caption names every object and how they lie, so it determines the
+scene up to jitter; a hash of that caption sends the scene to `train` or to `test`, hence no test scene, however it is
+jittered, ever occurs in training. Within `test`, no caption is true of the image of another scene.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import combinations
+from math import cos, pi, sin
+from typing import Literal, overload
+from zlib import crc32
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vlprune.data.sets import CaptionData, Question, VqaData
+from vlprune.errors import RequestError
+
+
+SIZE = 48  # pixels, both sides of an image
+COLORS = {
+    "red": (215, 25, 30),
+    "green": (25, 150, 50),
+    "blue": (30, 60, 220),
+    "yellow": (240, 215, 0),
+    "purple": (140, 40, 170),
+    "orange": (250, 125, 10),
+    "black": (15, 15, 15),
+    "cyan": (0, 200, 220),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
+SIZES = {"small": (9.5, 11.0), "large": (16.5, 18.0)}  # width and height in pixels
+NUMBERS = ("one", "two", "three")
+ANSWERS = (*COLORS, *SHAPES, *SIZES, *NUMBERS, "yes", "no")
+QUESTIONS_PER_SCENE = 3
+
+# Where a single object may be -> (words, centre x, centre y); several objects form a row or a column.
+_PLACES = {
+    "left": ("on the left", 11, 24),
+    "right": ("on the right", 37, 24),
+    "top": ("at the top", 24, 11),
+    "bottom": ("at the bottom", 24, 37),
+    "middle": ("in the middle", 24, 24),
+}
+_RELATIONS = {"row": ("left of", "right of"), "column": ("above", "below")}
+_COUNT_WEIGHTS = (0.1, 0.7, 0.2)  # of scenes with one, two, three objects
+
+VOCABULARY = tuple(
+    dict.fromkeys(
+        "a an picture of only alone on in at the top bottom middle left right above below "
+        "what how many is are there color shape size object objects ?".split()
+    )
+) + tuple(ANSWERS)
+
+_SEED = 20240607
+_SPLITS = ("train", "test")
+_SCALE = 4  # drawn this much larger, then averaged down: smooth edges
+_GAP, _STEP, _MARGIN = 2.0, 14.0, 1.5  # least gap, least distance of centres along the row, least distance to the border
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object of a scene: how it is called, and where it is drawn (centre and width in pixels)."""
+
+    size: str
+    color: str
+    shape: str
+    x: float = 0.0
+    y: float = 0.0
+    width: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene.
+
+    Attributes:
+        split: "train" or "test".
+        index: its number in the split.
+        layout: "row" or "column", or the place of a single object ("left", "right", "top", "bottom", "middle").
+        items: one to three objects, from left to right in a row, from top to bottom in a column.
+        background: RGB of the background.
+    """
+
+    split: str
+    index: int
+    layout: str
+    items: tuple[Item, ...]
+    background: tuple[int, int, int]
+
+    @cached_property
+    def captions(self) -> tuple[str, str]:
+        """The canonical caption, and the same seen from the other end."""
+        return _captions(self.layout, self.items)
+
+    def draw(self) -> Image.Image:
+        """Draw the scene.
+
+        Returns:
+            Image.Image: RGB, 48 x 48 pixels.
+        """
+        canvas = Image.new("RGB", (SIZE * _SCALE, SIZE * _SCALE), self.background)
+        draw = ImageDraw.Draw(canvas)
+        for item in self.items:
+            _draw(draw, item)
+        return canvas.reduce(_SCALE)
+
+    def questions(self) -> list[tuple[str, str]]:
+        """Ask about the scene, each question of another kind and with only one right answer.
+
+        Returns:
+            list[tuple[str, str]]: questions and their answers.
+        """
+        rng = np.random.default_rng([_SEED, _SPLITS.index(self.split), self.index, 1])
+        kinds = [choices for kind in _QUESTIONS if (choices := list(kind(self, rng)))]
+        some = [kinds[i] for i in rng.permutation(len(kinds))[:QUESTIONS_PER_SCENE]]
+        return [choices[rng.integers(len(choices))] for choices in some]
+
+
+def _captions(layout: str, items: Sequence[Item]) -> tuple[str, str]:
+    if layout in _PLACES:
+        place = _PLACES[layout][0]
+        return f"a {items[0]} alone {place}", f"only a {items[0]} {place}"
+    forward, backward = _RELATIONS[layout]
+    names = [f"a {item}" for item in items]
+    return f" {forward} ".join(names), f" {backward} ".join(reversed(names))
+
+
+def _draw(draw: ImageDraw.ImageDraw, item: Item) -> None:
+    x, y, half = item.x * _SCALE, item.y * _SCALE, item.width * _SCALE / 2
+    if item.shape == "circle":
+        draw.ellipse((x - half, y - half, x + half, y + half), fill=COLORS[item.color])
+        return
+    outline = [(x + half * u, y + half * v) for u, v in _OUTLINES[item.shape]]
+    draw.polygon(outline, fill=COLORS[item.color])
+
+
+def _star() -> list[tuple[float, float]]:
+    radii = (1.08, 0.45)
+    return [(radii[i % 2] * sin(i * pi / 5), -radii[i % 2] * cos(i * pi / 5)) for i in range(10)]
+
+
+_ARM = 0.36
+_OUTLINES = {
+    "square": [(-0.92, -0.92), (0.92, -0.92), (0.92, 0.92), (-0.92, 0.92)],
+    "triangle": [(0, -1), (1, 0.95), (-1, 0.95)],
+    "diamond": [(0, -1.05), (0.8, 0), (0, 1.05), (-0.8, 0)],
+    "cross": [
+        *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
+        *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
+    ],
+    "star": _star(),
+}
+
+
+# Questions: each kind yields (question, answer) pairs that have exactly one right answer in the scene.
+
+
+def _unique(scene: Scene, attribute: str) -> Iterator[Item]:
+    values = [getattr(item, attribute) for item in scene.items]
+    return (item for item, value in zip(scene.items, values, strict=True) if values.count(value) == 1)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _ask_color(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    return ((f"what color is the {item.shape}?", item.color) for item in _unique(scene, "shape"))
+
+
+def _ask_shape(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    return ((f"what shape is the {item.color} object?", item.shape) for item in _unique(scene, "color"))
+
+
+def _ask_size(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    return ((f"what size is the {item.shape}?", item.size) for item in _unique(scene, "shape"))
+
+
+def _ask_count(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    yield "how many objects are there?", NUMBERS[len(scene.items) - 1]
+
+
+def _ask_presence(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    item = scene.items[rng.integers(len(scene.items))]
+    if rng.integers(2):
+        yield f"is there {_article(item.color)} {item.color} {item.shape}?", "yes"
+        return
+    there = {(other.color, other.shape) for other in scene.items}
+    # Half of what the absent object is called is true of a present one, so that both words must be looked at.
+    absent = [(c, item.shape) for c in COLORS] if rng.integers(2) else [(item.color, s) for s in SHAPES]
+    absent = [pair for pair in absent if pair not in there]
+    color, shape = absent[rng.integers(len(absent))]
+    yield f"is there {_article(color)} {color} {shape}?", "no"
+
+
+def _ask_relation(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    if len(scene.items) != 2:
+        return
+    first, second = scene.items
+    forward, backward = _RELATIONS[scene.layout]
+    for subject, relation, reference in ((first, forward, second), (second, backward, first)):
+        yield f"what shape is {relation} the {reference.color} {reference.shape}?", subject.shape
+        yield f"what color is the object {relation} the {reference.color} {reference.shape}?", subject.color
+
+
+_QUESTIONS = (_ask_color, _ask_shape, _ask_size, _ask_count, _ask_presence, _ask_relation)
+
+
+# Making scenes.
+
+
+def _describe(rng: np.random.Generator) -> tuple[str, tuple[Item, ...]]:
+    """Draw what is in a scene and how it lies."""
+    count = 1 + int(np.searchsorted(np.cumsum(_COUNT_WEIGHTS), rng.random(), side="right").clip(max=2))
+    kinds: list[tuple[str, str]] = []
+    while len(kinds) < count:
+        kind = (tuple(COLORS)[rng.integers(len(COLORS))], SHAPES[rng.integers(len(SHAPES))])
+        if kind not in kinds:
+            kinds.append(kind)
+    sizes = [tuple(SIZES)[rng.integers(2)] for _ in kinds]
+    if count == 3:  # there is room for one large object only
+        large = rng.integers(4)
+        sizes = ["large" if i == large else "small" for i in range(3)]
+    layouts = tuple(_PLACES) if count == 1 else tuple(_RELATIONS)
+    items = tuple(Item(size, *kind) for size, kind in zip(sizes, kinds, strict=True))
+    return layouts[rng.integers(len(layouts))], items
+
+
+def _place(rng: np.random.Generator, layout: str, items: Sequence[Item]) -> tuple[Item, ...]:
+    """Jitter sizes and places such that nothing overlaps and no relation is in doubt."""
+    widths = [SIZES[item.size][0] + rng.random() * (SIZES[item.size][1] - SIZES[item.size][0]) for item in items]
+    if layout in _PLACES:
+        _, x, y = _PLACES[layout]
+        spots = [(x + 3 * rng.random() - 1.5, y + 3 * rng.random() - 1.5)]
+    else:
+        steps = [max((a + b) / 2 + _GAP, _STEP) for a, b in zip(widths, widths[1:], strict=False)]
+        room = SIZE - 2 * _MARGIN - sum(steps) - (widths[0] + widths[-1]) / 2
+        cuts = np.sort(rng.random(len(items))) * room  # room before the first object, then between objects
+        along = _MARGIN + widths[0] / 2 + np.concatenate([[0.0], np.cumsum(steps)]) + cuts
+        lane = 12.5 + 23 * rng.random()
+        across = [lane + 3 * rng.random() - 1.5 for _ in items]
+        spots = list(zip(along, across, strict=True)) if layout == "row" else list(zip(across, along, strict=True))
+    return tuple(
+        Item(item.size, item.color, item.shape, float(x), float(y), width)
+        for item, (x, y), width in zip(items, spots, widths, strict=True)
+    )
+
+
+def _in_test(layout: str, items: Sequence[Item]) -> bool:
+    return crc32(_captions(layout, items)[0].encode()) % 10 == 0
+
+
+def _finish(split: str, index: int, rng: np.random.Generator, layout: str, items: Sequence[Item]) -> Scene:
+    red, green, blue = (int(value) for value in rng.integers(228, 256, size=3))
+    return Scene(split, index, layout, _place(rng, layout, items), (red, green, blue))
+
+
+@lru_cache(maxsize=50_000)
+def _train_scene(index: int) -> Scene:
+    rng = np.random.default_rng([_SEED, 0, index])
+    while True:
+        layout, items = _describe(rng)
+        if not _in_test(layout, items):
+            return _finish("train", index, rng, layout, items)
+
+
+class _TestScenes:
+    """The test scenes in order; each is admitted only if it can be told from all before it by every caption."""
+
+    def __init__(self) -> None:
+        self.scenes: list[Scene] = []
+        self.tried = 0
+        self.captions: set[str] = set()  # canonical captions of the admitted scenes
+        self.truths: set[str] = set()  # all canonical captions that are true of an admitted scene
+
+    def __getitem__(self, index: int) -> Scene:
+        while len(self.scenes) <= index:
+            rng = np.random.default_rng([_SEED, 1, self.tried])
+            self.tried += 1
+            layout, items = _describe(rng)
+            if not _in_test(layout, items):
+                continue
+            caption = _captions(layout, items)[0]
+            truths = {caption}
+            if layout in _RELATIONS:  # of three objects in a row, each two are in a row
+                truths |= {_captions(layout, pair)[0] for pair in combinations(items, 2)}
+            if caption not in self.truths and not truths & self.captions:
+                self.captions.add(caption)
+                self.truths |= truths
+                self.scenes.append(_finish("test", len(self.scenes), rng, layout, items))
+        return self.scenes[index]
+
+
+_test_scenes = _TestScenes()
+
+
+def scene(split: str, index: int) -> Scene:
+    """Make one scene.
+
+    Args:
+        split: "train" (unlimited) or "test" (thousands).
+        index: number of the scene in its split, from 0.
+
+    Returns:
+        Scene: always the same for the same arguments.
+
+    Raises:
+        RequestError: there is no such split.
+    """
+    if split not in _SPLITS:
+        raise RequestError(f"the scenes have no split {split!r}: choose train or test")
+    return _train_scene(index) if split == "train" else _test_scenes[index]
+
+
+# A drawn image takes 8 kB: the cache holds at most 160 MB.
+@lru_cache(maxsize=20_000)
+def _image(split: str, index: int) -> Image.Image:
+    return scene(split, index).draw()
+
+
+class SceneImages(Sequence[Image.Image]):
+    """The images of the first `n` scenes of a split, drawn when asked for and kept while there is room."""
+
+    def __init__(self, split: str, n: int) -> None:
+        self.split = split
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.n))]
+        return _image(self.split, range(self.n)[index]).copy()
+
+
+def scenes_captions(split: Literal["train", "test"] | str, n: int) -> CaptionData:
+    """Give the first scenes of a split with their captions.
+
+    Args:
+        split: "train" or "test".
+        n: number of scenes.
+
+    Returns:
+        CaptionData: two captions per image, the canonical one first.
+    """
+    captions = [list(scene(split, i).captions) for i in range(n)]
+    return CaptionData("scenes", SceneImages(split, n), captions)
+
+
+def scenes_vqa(split: Literal["train", "test"] | str, n: int) -> VqaData:
+    """Give the first questions on the scenes of a split, three per scene.
+
+    Args:
+        split: "train" or "test".
+        n: number of questions.
+
+    Returns:
+        VqaData: questions with one answer each, and the closed list of answers.
+    """
+    scenes = -(-n // QUESTIONS_PER_SCENE)
+    asked = [(i, *pair) for i in range(scenes) for pair in scene(split, i).questions()][:n]
+    questions = [Question(i, question, [answer]) for i, question, answer in asked]
+    return VqaData("scenes", SceneImages(split, scenes), questions, list(ANSWERS))

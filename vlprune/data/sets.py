@@ -1,0 +1,67 @@
+"""What every reader returns: images opened on demand, with captions or with questions and answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class CaptionData:
+    """Images with captions, for calibration, retrieval and captioning.
+
+    Attributes:
+        name: short name of the data set, for reports.
+        images: N images; indexing opens one as RGB.
+        captions: per image, one or more captions that are true of it.
+        reasons: why records were skipped -> how many; empty unless broken records are skipped.
+    """
+
+    name: str
+    images: Sequence[Image.Image]
+    captions: list[list[str]]
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> int:
+        """Number of records left out because they were broken."""
+        return sum(self.reasons.values())
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one image.
+
+    Attributes:
+        image: index into the images of its data set.
+        question: the question.
+        answers: one answer per annotator (the official VQA score counts them), or a single one.
+    """
+
+    image: int
+    question: str
+    answers: list[str]
+
+
+@dataclass(frozen=True)
+class VqaData:
+    """Images with questions and answers.
+
+    Attributes:
+        name: short name of the data set, for reports.
+        images: N images; indexing opens one as RGB.
+        questions: the questions, each naming its image by index.
+        answer_list: the closed list of answers to rank, None when answers are to be generated.
+        reasons: why records were skipped -> how many; empty unless broken records are skipped.
+    """
+
+    name: str
+    images: Sequence[Image.Image]
+    questions: list[Question]
+    answer_list: list[str] | None
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> int:
+        """Number of records left out because they were broken."""
+        return sum(self.reasons.values())
