@@ -1,0 +1,1 @@
+"""Exporters: one file per model family; imported as `vlprune.exporters`."""
