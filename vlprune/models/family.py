@@ -1,0 +1,72 @@
+"""What every model family tells the rest of the program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+Batch = dict[str, Tensor]
+Valid = Callable[..., AbstractContextManager[None]]  # InputNorms.valid: which token rows of a forward pass count
+
+
+@dataclass(frozen=True)
+class PrunableLayer:
+    """One prunable weight and every `nn.Linear` that uses it.
+
+    Attributes:
+        name: parameter path of the first use, without ".weight".
+        modality: "vision" or "text".
+        modules: the Linear modules that hold the weight; more than one when towers share it.
+        tokens: whose tokens the inputs' rows are, "vision" or "text" (cross-attention keys and values of a text layer
+            read vision tokens).
+    """
+
+    name: str
+    modality: Literal["vision", "text"]
+    modules: tuple[nn.Linear, ...]
+    tokens: Literal["vision", "text"]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The shared weight [out, in]."""
+        return self.modules[0].weight
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from.
+
+    Attributes:
+        name: what the user asked for.
+        checkpoint: file, folder or hub id the weights were read from.
+        sha256: hash of the weight file, None where there is no file.
+        random_weights: True when the weights were never trained: no accuracy is ever shown.
+    """
+
+    name: str
+    checkpoint: str
+    sha256: str | None = None
+    random_weights: bool = False
+
+
+def apply_masks(layers: list[PrunableLayer], masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Write new weights, then set what a mask prunes to exactly zero, in place, once per shared weight.
+
+    Args:
+        layers: the model's prunable layers.
+        masks: name -> bool [out, in], True = kept.
+        weights: name -> changed weight [out, in], for methods that update weights.
+    """
+    with torch.no_grad():
+        for layer in layers:
+            if layer.name in weights:
+                layer.weight.copy_(weights[layer.name])
+            if layer.name in masks:
+                # masked_fill, not a product: NaN x 0 would stay NaN
+                layer.weight.masked_fill_(~masks[layer.name].to(layer.weight.device), 0.0)

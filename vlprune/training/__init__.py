@@ -1,0 +1,1 @@
+"""Training: pretraining of small models, fine-tuning with masked weights locked at zero."""
