@@ -1,16 +1,16 @@
 """The embedded data: drawn scenes of one to three coloured shapes, with captions, questions and answers.
 
-A scene follows from (split, index) alone. Its canonical caption names every object and how they lie, so it determines the
-scene up to jitter; a hash of that caption sends the scene to `train` or to `test`, hence no test scene, however it is
-jittered, ever occurs in training. Within `test`, no caption is true of the image of another scene.
+A scene follows from (split, index) alone. Its canonical caption names every object and how they lie, so it determines
+the scene up to jitter; a hash of that caption sends the scene to `train` or to `test`, hence no test scene, however it
+is jittered, ever occurs in training. Within `test`, no caption is true of the image of another scene.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations
 from math import cos, pi, sin
-from typing import Literal, overload
+from typing import overload
 from zlib import crc32
 
 import numpy as np
@@ -48,17 +48,16 @@ _PLACES = {
 _RELATIONS = {"row": ("left of", "right of"), "column": ("above", "below")}
 _COUNT_WEIGHTS = (0.1, 0.7, 0.2)  # of scenes with one, two, three objects
 
-VOCABULARY = tuple(
-    dict.fromkeys(
-        "a an picture of only alone on in at the top bottom middle left right above below "
-        "what how many is are there color shape size object objects ?".split()
-    )
-) + tuple(ANSWERS)
+_WORDS = """
+    a an picture of only alone on in at the top bottom middle left right above below
+    what how many is are there color shape size object objects ?
+"""
+VOCABULARY = (*_WORDS.split(), *ANSWERS)  # every word of captions, prompt, questions and answers
 
 _SEED = 20240607
 _SPLITS = ("train", "test")
 _SCALE = 4  # drawn this much larger, then averaged down: smooth edges
-_GAP, _STEP, _MARGIN = 2.0, 14.0, 1.5  # least gap, least distance of centres along the row, least distance to the border
+_GAP, _STEP, _MARGIN = 2.0, 14.0, 1.5  # in pixels, at least: between objects, between their centres, to the border
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Scene:
             list[tuple[str, str]]: questions and their answers.
         """
         rng = np.random.default_rng([_SEED, _SPLITS.index(self.split), self.index, 1])
-        kinds = [choices for kind in _QUESTIONS if (choices := list(kind(self, rng)))]
+        kinds = [choices for ask in _QUESTIONS if (choices := list(ask(self, rng)))]
         some = [kinds[i] for i in rng.permutation(len(kinds))[:QUESTIONS_PER_SCENE]]
         return [choices[rng.integers(len(choices))] for choices in some]
 
@@ -147,7 +146,7 @@ def _star() -> list[tuple[float, float]]:
 
 
 _ARM = 0.36
-_OUTLINES = {
+_OUTLINES: dict[str, list[tuple[float, float]]] = {
     "square": [(-0.92, -0.92), (0.92, -0.92), (0.92, 0.92), (-0.92, 0.92)],
     "triangle": [(0, -1), (1, 0.95), (-1, 0.95)],
     "diamond": [(0, -1.05), (0.8, 0), (0, 1.05), (-0.8, 0)],
@@ -160,6 +159,9 @@ _OUTLINES = {
 
 
 # Questions: each kind yields (question, answer) pairs that have exactly one right answer in the scene.
+
+
+_Ask = Callable[["Scene", np.random.Generator], Iterator[tuple[str, str]]]
 
 
 def _unique(scene: Scene, attribute: str) -> Iterator[Item]:
@@ -210,7 +212,7 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str,
         yield f"what color is the object {relation} the {reference.color} {reference.shape}?", subject.color
 
 
-_QUESTIONS = (_ask_color, _ask_shape, _ask_size, _ask_count, _ask_presence, _ask_relation)
+_QUESTIONS: tuple[_Ask, ...] = (_ask_color, _ask_shape, _ask_size, _ask_count, _ask_presence, _ask_relation)
 
 
 # Making scenes.
@@ -345,7 +347,7 @@ class SceneImages(Sequence[Image.Image]):
         return _image(self.split, range(self.n)[index]).copy()
 
 
-def scenes_captions(split: Literal["train", "test"] | str, n: int) -> CaptionData:
+def scenes_captions(split: str, n: int) -> CaptionData:
     """Give the first scenes of a split with their captions.
 
     Args:
@@ -359,7 +361,7 @@ def scenes_captions(split: Literal["train", "test"] | str, n: int) -> CaptionDat
     return CaptionData("scenes", SceneImages(split, n), captions)
 
 
-def scenes_vqa(split: Literal["train", "test"] | str, n: int) -> VqaData:
+def scenes_vqa(split: str, n: int) -> VqaData:
     """Give the first questions on the scenes of a split, three per scene.
 
     Args:

@@ -1,9 +1,11 @@
 """What every reader returns: images opened on demand, with captions or with questions and answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from PIL import Image
+
+from vlprune.data.images import ImageFiles
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,18 @@ class CaptionData:
     def skipped(self) -> int:
         """Number of records left out because they were broken."""
         return sum(self.reasons.values())
+
+    def keep(self, indices: Sequence[int]) -> "CaptionData":
+        """Keep some of the images, with their captions.
+
+        Args:
+            indices: the images to keep, in their new order.
+
+        Returns:
+            CaptionData: of these images.
+        """
+        captions = [self.captions[i] for i in indices]
+        return replace(self, images=_subset(self.images, indices), captions=captions)
 
 
 @dataclass(frozen=True)
@@ -65,3 +79,20 @@ class VqaData:
     def skipped(self) -> int:
         """Number of records left out because they were broken."""
         return sum(self.reasons.values())
+
+    def keep(self, indices: Sequence[int]) -> "VqaData":
+        """Keep some of the images, with the questions about them.
+
+        Args:
+            indices: the images to keep, in their new order.
+
+        Returns:
+            VqaData: of these images, which its questions name by their new index.
+        """
+        place = {old: new for new, old in enumerate(indices)}
+        questions = [replace(q, image=place[q.image]) for q in self.questions if q.image in place]
+        return replace(self, images=_subset(self.images, indices), questions=questions)
+
+
+def _subset(images: Sequence[Image.Image], indices: Sequence[int]) -> Sequence[Image.Image]:
+    return images.subset(indices) if isinstance(images, ImageFiles) else [images[i] for i in indices]

@@ -1,0 +1,184 @@
+"""From what the user types after `--data` or `--calibration` to a data set."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vlprune.data.captions import caption_split, is_caption_record, read_captions
+from vlprune.data.records import read_records
+from vlprune.data.scenes import QUESTIONS_PER_SCENE, scenes_captions, scenes_vqa
+from vlprune.data.sets import CaptionData, VqaData
+from vlprune.data.vqa import is_vqa_record, read_vqa, vqa_split
+from vlprune.errors import RequestError
+
+
+TASKS = ("retrieval", "captioning", "vqa")
+SPLITS = ("train", "test")
+CAPTION_SOURCES = (
+    "a folder with *train*.json and *test*.json (BLIP's caption JSON: image, caption), a folder with captions.jsonl, "
+    "TRAIN.json,TEST.json, or one such file"
+)
+VQA_SOURCES = (
+    "a folder with *train*.json and *test*.json (BLIP's VQA JSON: image, question, answer), TRAIN.json,TEST.json, "
+    "or one such file"
+)
+SCENES = {"train": 10_000, "test": 500}  # how many of the embedded scenes when no limit is given
+
+# "train" as a word of a file name, also in train2014; "val" serves as test where there is no "test".
+_WORDS = {
+    split: [re.compile(rf"(?<![a-z]){word}(?![a-z])") for word in words]
+    for split, words in {"train": ["train"], "test": ["test", "(?:val|valid|validation|dev)"]}.items()
+}
+
+
+def open_data(
+    task: str, source: str, split: str, skip_broken: bool = False, limit: int | None = None
+) -> CaptionData | VqaData:
+    """Open a split of a data set for a task.
+
+    Args:
+        task: "retrieval", "captioning" (both CaptionData) or "vqa" (VqaData).
+        source: "scenes" (embedded; "./scenes" is a folder), or one of `CAPTION_SOURCES` or `VQA_SOURCES`.
+        split: "train" or "test".
+        skip_broken: leave broken records out and count them in `reasons`, instead of refusing the file.
+        limit: at most this many images, or questions for vqa, from the start; of the embedded scenes exactly this many.
+
+    Returns:
+        CaptionData | VqaData: images that exist but have not been decoded, see `check_images`.
+
+    Raises:
+        RequestError: there is no such task, split or source, it is broken, or it has no such split.
+    """
+    if task not in TASKS:
+        raise RequestError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
+    if split not in SPLITS:
+        raise RequestError(f"unknown split {split!r}: choose train or test")
+    if limit is not None and limit < 1:
+        raise RequestError(f"a limit of {limit} leaves no data: give at least 1")
+    if source == "scenes":
+        if task == "vqa":
+            return scenes_vqa(split, limit or SCENES[split] * QUESTIONS_PER_SCENE)
+        return scenes_captions(split, limit or SCENES[split])
+    if task == "vqa":
+        return _first_questions(_open_vqa(source, split, skip_broken), limit)
+    return _first_images(_open_captions(source, split, skip_broken), limit)
+
+
+def open_calibration(source: str, skip_broken: bool = False, limit: int | None = None) -> CaptionData:
+    """Open captioned images to calibrate with: the train split, or one caption JSON of either form.
+
+    Args:
+        source: as for `open_data`.
+        skip_broken: leave broken records out and count them in `reasons`, instead of refusing the file.
+        limit: at most this many images, from the start.
+
+    Returns:
+        CaptionData: images that exist but have not been decoded, see `check_images`.
+
+    Raises:
+        RequestError: there is no such source, it is broken, or it holds no captions.
+    """
+    path = Path(source)
+    if source == "scenes" or path.is_dir() or path.suffix == ".jsonl" or not path.exists():
+        data = open_data("captioning", source, "train", skip_broken, limit)
+        assert isinstance(data, CaptionData)
+        return data
+    return _first_images(read_captions(path, None, skip_broken, records=_caption_records(path)), limit)
+
+
+def _first_images(data: CaptionData, limit: int | None) -> CaptionData:
+    return data if limit is None or limit >= len(data.images) else data.keep(range(limit))
+
+
+def _first_questions(data: VqaData, limit: int | None) -> VqaData:
+    if limit is None or limit >= len(data.questions):
+        return data
+    data = replace(data, questions=data.questions[:limit])
+    return data.keep(list(dict.fromkeys(question.image for question in data.questions)))
+
+
+def _open_captions(source: str, split: str, skip_broken: bool) -> CaptionData:
+    pair = _pair(source)
+    if pair:
+        path = _existing(pair[SPLITS.index(split)], CAPTION_SOURCES)
+        return read_captions(path, None, skip_broken, records=_caption_records(path))
+    path = _existing(source, CAPTION_SOURCES)
+    if path.is_dir():
+        name = path.resolve().name
+        lines = path / "captions.jsonl"
+        if lines.is_file():
+            return read_captions(lines, split, skip_broken, name)
+        file, records = _in_folder(path, split, is_caption_record, "captions", CAPTION_SOURCES)
+        return read_captions(file, None, skip_broken, name, records)
+    records = _caption_records(path)
+    if path.suffix == ".jsonl":
+        return read_captions(path, split, skip_broken, records=records)
+    _must_be(split, caption_split(records), path)
+    return read_captions(path, None, skip_broken, records=records)
+
+
+def _open_vqa(source: str, split: str, skip_broken: bool) -> VqaData:
+    pair = _pair(source)
+    if pair:
+        path = _existing(pair[SPLITS.index(split)], VQA_SOURCES)
+        return read_vqa(path, skip_broken, records=_vqa_records(path))
+    path = _existing(source, VQA_SOURCES)
+    if path.is_dir():
+        file, records = _in_folder(path, split, is_vqa_record, "questions", VQA_SOURCES)
+        return read_vqa(file, skip_broken, path.resolve().name, records)
+    records = _vqa_records(path)
+    _must_be(split, vqa_split(records), path)
+    return read_vqa(path, skip_broken, records=records)
+
+
+def _pair(source: str) -> tuple[str, str] | None:
+    if "," not in source or Path(source).exists():
+        return None
+    parts = [part.strip() for part in source.split(",")]
+    if len(parts) != 2 or not all(parts):
+        raise RequestError(f"{source!r} names {len(parts)} files: give two, TRAIN.json,TEST.json")
+    return parts[0], parts[1]
+
+
+def _existing(source: str, accepted: str) -> Path:
+    path = Path(source)
+    if not path.exists():
+        raise RequestError(f"there is no file or folder {source}: give {accepted}")
+    return path
+
+
+def _caption_records(path: Path) -> list[Any]:
+    records = read_records(path)
+    if any(map(is_vqa_record, records)) and not any(map(is_caption_record, records)):
+        raise RequestError(f"{path} holds questions, but captions are needed: give {CAPTION_SOURCES}")
+    return records
+
+
+def _vqa_records(path: Path) -> list[Any]:
+    records = read_records(path)
+    if any(map(is_caption_record, records)) and not any(map(is_vqa_record, records)):
+        raise RequestError(f"{path} holds captions, but questions are needed: give {VQA_SOURCES}")
+    return records
+
+
+def _must_be(split: str, found: str, path: Path) -> None:
+    if found != split:
+        raise RequestError(
+            f"{path} is of the {found} form, so the {split} split is missing: "
+            "give TRAIN.json,TEST.json or a folder with both"
+        )
+
+
+def _in_folder(folder: Path, split: str, is_record: Any, kind: str, accepted: str) -> tuple[Path, list[Any]]:
+    """Find the one JSON file of a folder whose name has the split in it and whose records are of the kind."""
+    files = sorted(folder.glob("*.json"))
+    for word in _WORDS[split]:
+        named = [(file, read_records(file)) for file in files if word.search(file.stem.lower())]
+        found = [(file, records) for file, records in named if any(map(is_record, records))]
+        if len(found) > 1:
+            names = " and ".join(file.name for file, _ in found[:2])
+            raise RequestError(f"{folder} has several files of {kind} for {split}, {names}: give TRAIN.json,TEST.json")
+        if found:
+            return found[0]
+    raise RequestError(f"{folder} has no file of {kind} for the {split} split: give {accepted}")
