@@ -1,8 +1,8 @@
 """Train the embedded model blip-tiny on the drawn scenes, and print what it scores on scenes it never saw.
 
-    python benchmarks/blip_tiny.py                       # train, then write vlprune/models/weights/blip-tiny
-    python benchmarks/blip_tiny.py --quick --output DIR  # a few steps: does it run
-    python benchmarks/blip_tiny.py --evaluate            # score the weights that are there
+python benchmarks/blip_tiny.py                       # train, then write vlprune/models/weights/blip-tiny
+python benchmarks/blip_tiny.py --quick --output DIR  # a few steps: does it run
+python benchmarks/blip_tiny.py --evaluate            # score the weights that are there
 """
 
 from __future__ import annotations

@@ -1,0 +1,92 @@
+"""Models by name: one file per family; this registry imports no torch until a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from vlprune.models.blip import Blip
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What `vlprune models` shows of an alias.
+
+    Attributes:
+        family: file of `vlprune.models` that handles it.
+        kind: "embedded" (in the package), "random" (seeded weights), "original" (the authors' .pth), "hub".
+        checkpoint: where the weights come from.
+        tasks: what it offers.
+        summary: one line.
+    """
+
+    family: str
+    kind: str
+    checkpoint: str
+    tasks: tuple[str, ...]
+    summary: str
+
+
+_PUBLISHED = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
+_ALL = ("retrieval", "captioning", "vqa")
+
+MODELS = {
+    "blip-tiny": ModelInfo("blip", "embedded", "in the package", _ALL, "a small BLIP trained on drawn scenes"),
+    "blip-base-random": ModelInfo(
+        "blip", "random", "seeded random weights", _ALL, "BLIP-base shapes, for speed and memory work only"
+    ),
+    "blip": ModelInfo(
+        "blip", "original", _PUBLISHED + "model_base.pth", _ALL, "BLIP-base pretrained on 129M pairs, task-agnostic"
+    ),
+    "blip-14m": ModelInfo(
+        "blip", "original", _PUBLISHED + "model_base_14M.pth", _ALL, "BLIP-base pretrained on 14M pairs, task-agnostic"
+    ),
+    "blip-captioning": ModelInfo(
+        "blip", "hub", "Salesforce/blip-image-captioning-base", ("captioning",), "fine-tuned on COCO captions"
+    ),
+    "blip-itm": ModelInfo(
+        "blip", "hub", "Salesforce/blip-itm-base-coco", ("retrieval",), "fine-tuned for retrieval on COCO"
+    ),
+    "blip-vqa": ModelInfo("blip", "hub", "Salesforce/blip-vqa-base", ("vqa",), "fine-tuned on VQA v2"),
+}
+
+
+def names() -> tuple[str, ...]:
+    """List the aliases.
+
+    Returns:
+        tuple[str, ...]: in the order of `vlprune models`.
+    """
+    return tuple(MODELS)
+
+
+def describe() -> list[dict[str, Any]]:
+    """Describe the aliases for `vlprune models`.
+
+    Returns:
+        list[dict[str, Any]]: one entry per alias: `name` and the fields of `ModelInfo`.
+    """
+    return [{"name": name, **asdict(info)} for name, info in MODELS.items()]
+
+
+def load(model: str, *, family: str | None = None, image_size: int | None = None, seed: int = 0) -> Blip:
+    """Load a model.
+
+    Args:
+        model: alias, Hugging Face folder, original `.pth` file, or hub id.
+        family: needed for what does not tell its family itself (`.pth` files).
+        image_size: side of the input image in pixels; position embeddings are interpolated. None = the checkpoint's.
+        seed: of random weights.
+
+    Returns:
+        Blip: on the CPU, float32, eval mode.
+
+    Raises:
+        RequestError: the model is unknown or its files are broken.
+        MachineError: it must be downloaded and there is no network.
+    """
+    from vlprune.models import loading
+
+    return loading.load(model, family=family, image_size=image_size, seed=seed)
