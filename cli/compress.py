@@ -1,0 +1,75 @@
+"""`vlprune compress`: everything, from a checkpoint to ONNX files and a report."""
+
+from vlprune.cli import options as o
+from vlprune.cli.show import show
+
+
+def compress(
+    model: o.Model,
+    output: o.Output,
+    ratio: o.Ratio = o.RATIOS,
+    method: o.Method = "multiflow",
+    pattern: o.Pattern = "unstructured",
+    family: o.Family = None,
+    calibration: o.Calibration = None,
+    calibration_samples: o.CalibrationSamples = None,
+    data: o.Data = None,
+    tasks: o.Tasks = None,
+    finetune: o.Finetune = "full",
+    max_steps: o.MaxSteps = None,
+    epochs: o.Epochs = None,
+    lr: o.LearningRate = None,
+    batch_size: o.BatchSize = None,
+    image_size: o.ImageSize = None,
+    export: o.Export = "none",
+    provider: o.Providers = o.CPU,
+    bench_batch: o.BenchBatches = o.BATCHES,
+    samples: o.Samples = None,
+    device: o.Device = "auto",
+    threads: o.Threads = None,
+    seed: o.Seed = 0,
+    skip_broken: o.SkipBroken = False,
+    resume: o.Resume = False,
+    json: o.Json = False,
+) -> None:
+    """Prune MODEL, fine-tune and export it, and report the cost.
+
+    Any model but blip-tiny and blip-base-random needs --calibration and --data.
+
+    \b
+    Examples:
+      vlprune compress blip-tiny --ratio 0.9 --export onnx --output run
+      vlprune compress blip --ratio 0.63,0.75,0.9 --calibration cc3m.json --data retrieval=train.json,test.json -o run
+    """
+    data_of = o.sources(data)
+    from vlprune import pipeline
+    from vlprune.report.terminal import print_report
+
+    report = pipeline.compress(
+        model,
+        output=output,
+        ratios=list(ratio),
+        method=method,
+        pattern=pattern,
+        family=family,
+        calibration=calibration,
+        calibration_samples=calibration_samples,
+        data=data_of,
+        tasks=o.as_list(tasks),
+        finetune=finetune,
+        max_steps=max_steps,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        image_size=image_size,
+        export=None if export == "none" else export,
+        providers=list(provider),
+        bench_batches=list(bench_batch),
+        samples=samples,
+        device=device,
+        threads=threads,
+        seed=seed,
+        skip_broken=skip_broken,
+        resume=resume,
+    )
+    show(report, json, print_report)

@@ -1,0 +1,18 @@
+"""`vlprune inspect`: what is in a file."""
+
+from vlprune.cli import options as o
+from vlprune.cli.show import show
+
+
+def inspect(path: o.AnyPath, json: o.Json = False) -> None:
+    """Tell what is in a checkpoint, mask, ONNX file, or run.
+
+    Shows sparsity per modality and layer, sizes, and operators.
+
+    \b
+    Example:
+      vlprune inspect run/masks/multiflow-0.9.safetensors
+    """
+    from vlprune import pipeline
+
+    show(pipeline.inspect(path), json)

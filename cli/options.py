@@ -1,0 +1,443 @@
+"""The options of every verb, declared once so that each is spelled alike everywhere, and the parsers of their values.
+
+Parsers raise `RequestError` before anything heavy is imported; no torch here.
+"""
+
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import typer
+
+from vlprune import names
+from vlprune.errors import RequestError
+from vlprune.files import disk_errors
+
+
+class Ratios(tuple[float, ...]):
+    """Fractions of the prunable weights to remove, ascending."""
+
+
+class Names(tuple[str, ...]):
+    """Names from a comma list."""
+
+
+class Sizes(tuple[int, ...]):
+    """Positive integers from a comma list."""
+
+
+class TaskSource(NamedTuple):
+    """One TASK=PATH pair."""
+
+    task: str
+    source: str
+
+
+def _parts(text: str, option: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise RequestError(f"{option} {text!r} has an empty entry: separate values by single commas, as in a,b")
+    repeated = [part for part in dict.fromkeys(parts) if parts.count(part) > 1]
+    if repeated:
+        raise RequestError(f"{option} {text!r} names {repeated[0]} twice: name it once")
+    return parts
+
+
+def parse_ratios(text: str | Ratios) -> Ratios:
+    """Parse `--ratio`: one number or a comma list.
+
+    Args:
+        text: for example "0.9" or "0.63,0.75,0.9".
+
+    Returns:
+        Ratios: ascending.
+
+    Raises:
+        RequestError: an entry is no number strictly between 0 and 1, or stands there twice.
+    """
+    if isinstance(text, Ratios):  # the default value passes through here too
+        return text
+    ratios = []
+    for part in _parts(text, "--ratio"):
+        try:
+            ratio = float(part)
+        except ValueError:
+            ratio = math.nan
+        if not 0 < ratio < 1:
+            raise RequestError(
+                f"--ratio {part!r} is not a number strictly between 0 and 1: give the fraction to remove, as in 0.9"
+            )
+        if ratio in ratios:
+            raise RequestError(f"--ratio {text!r} names {ratio} twice: name it once")
+        ratios.append(ratio)
+    return Ratios(sorted(ratios))
+
+
+def parse_tasks(text: str) -> Names:
+    """Parse `--tasks`.
+
+    Args:
+        text: comma list of task names.
+
+    Returns:
+        Names: the tasks, in the order given.
+    """
+    return Names(names.check("task", part, names.TASKS) for part in _parts(text, "--tasks"))
+
+
+def parse_providers(text: str | Names) -> Names:
+    """Parse `--provider`.
+
+    Args:
+        text: comma list of ONNX Runtime providers.
+
+    Returns:
+        Names: the providers, in the order given.
+    """
+    if isinstance(text, Names):
+        return text
+    return Names(names.check("provider", part, names.PROVIDERS) for part in _parts(text, "--provider"))
+
+
+def parse_sizes(text: str | Sizes) -> Sizes:
+    """Parse `--bench-batch`.
+
+    Args:
+        text: comma list of positive integers.
+
+    Returns:
+        Sizes: the sizes, in the order given.
+
+    Raises:
+        RequestError: an entry is no positive integer.
+    """
+    if isinstance(text, Sizes):
+        return text
+    parts = _parts(text, "--bench-batch")
+    for part in parts:
+        if not re.fullmatch(r"[1-9][0-9]{0,5}", part):
+            raise RequestError(
+                f"--bench-batch {part!r} is not a whole number of 1 or more: give batch sizes, as in 1,8"
+            )
+    return Sizes(int(part) for part in parts)
+
+
+def parse_data(text: str) -> TaskSource:
+    """Parse one `--data`.
+
+    Args:
+        text: TASK=PATH.
+
+    Returns:
+        TaskSource: the pair.
+
+    Raises:
+        RequestError: no "=", no path, or an unknown task.
+    """
+    task, equals, source = text.partition("=")
+    if not equals or not source.strip():
+        raise RequestError(f"--data {text!r} is not TASK=PATH: write for example --data retrieval=captions_folder")
+    return TaskSource(names.check("task", task.strip(), names.TASKS), source.strip())
+
+
+def sources(pairs: list[TaskSource] | None) -> dict[str, str]:
+    """Join the `--data` options.
+
+    Args:
+        pairs: what was given, None when nothing was.
+
+    Returns:
+        dict[str, str]: task -> source.
+
+    Raises:
+        RequestError: a task is named twice.
+    """
+    joined: dict[str, str] = {}
+    for task, source in pairs or []:
+        if task in joined:
+            raise RequestError(f"--data names {task} twice ({joined[task]} and {source}): give one source per task")
+        joined[task] = source
+    return joined
+
+
+def as_list(chosen: Names | None) -> list[str] | None:
+    """Turn a parsed comma list into what the library takes.
+
+    Args:
+        chosen: the names, None when the option was left out.
+
+    Returns:
+        list[str] | None: the same names.
+    """
+    return None if chosen is None else list(chosen)
+
+
+def parse_pattern(text: str) -> str:
+    """Parse `--pattern`.
+
+    Args:
+        text: "unstructured", "n:m" (n of m kept along the input) or "rxc" (blocks of r rows and c columns).
+
+    Returns:
+        str: `text`.
+
+    Raises:
+        RequestError: anything else.
+    """
+    n_of_m = re.fullmatch(r"([1-9][0-9]?):([1-9][0-9]?)", text)
+    block = re.fullmatch(r"[1-9][0-9]{0,2}x[1-9][0-9]{0,2}", text)
+    if text == "unstructured" or block or (n_of_m and int(n_of_m[1]) < int(n_of_m[2])):
+        return text
+    raise RequestError(
+        f"--pattern {text!r} is unknown: unstructured, n:m with n < m (as in 2:4), or rxc blocks (as in 8x1)"
+    )
+
+
+def parse_rate(text: str) -> float:
+    """Parse `--lr`.
+
+    Args:
+        text: a positive number.
+
+    Returns:
+        float: the number.
+
+    Raises:
+        RequestError: it is none.
+    """
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise RequestError(f"--lr {text!r} is not a positive number: give a learning rate, as in 3e-4")
+    return rate
+
+
+def check_method(name: str) -> str:
+    """Refuse an unknown pruning method.
+
+    Args:
+        name: what was typed.
+
+    Returns:
+        str: `name`.
+    """
+    return names.check("method", name, names.METHODS)
+
+
+def check_model(name: str) -> str:
+    """Refuse a MODEL that is no known alias, no file or folder, and cannot be a hub id or path either.
+
+    Args:
+        name: what was typed.
+
+    Returns:
+        str: `name`.
+    """
+    if "/" in name or os.sep in name or Path(name).exists():
+        return name
+    from vlprune.models import names as aliases
+
+    return names.check("model", name, aliases())
+
+
+def check_path(path: Path) -> Path:
+    """Refuse a path where nothing is.
+
+    Args:
+        path: what was typed.
+
+    Returns:
+        Path: `path`.
+
+    Raises:
+        RequestError: there is no such file or folder.
+    """
+    if not path.exists():
+        raise RequestError(f"{path}: no such file or folder")
+    return path
+
+
+def check_run(path: Path) -> Path:
+    """Refuse what is not a run directory.
+
+    Args:
+        path: what was typed.
+
+    Returns:
+        Path: `path`.
+
+    Raises:
+        RequestError: not a folder, or one that no `compress` or `prune` has written.
+    """
+    if not check_path(path).is_dir() or not (path / "recipe.yaml").is_file():
+        raise RequestError(
+            f"{path} is not a run directory (no recipe.yaml): give the --output of vlprune compress or prune"
+        )
+    return path
+
+
+def check_output(path: Path) -> Path:
+    """Refuse a folder that cannot be written to, before any work.
+
+    Args:
+        path: folder to be written; it may not exist yet.
+
+    Returns:
+        Path: `path`.
+
+    Raises:
+        RequestError: it is a file, or the nearest existing folder above it takes no files.
+    """
+    if path.exists() and not path.is_dir():
+        raise RequestError(f"cannot write {path} (it is a file): choose another --output")
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    with disk_errors(path):
+        if not existing.is_dir():
+            raise NotADirectoryError(20, "a part of it is a file")
+        try:
+            # Permission bits do not tell a read-only or special file system apart: try.
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except FileNotFoundError as error:  # what /proc and its like answer
+            raise RequestError(f"cannot write {path} ({error.strerror}): choose another --output") from error
+    return path
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    from vlprune.models import names as aliases
+
+    return [name for name in aliases() if name.startswith(incomplete)]
+
+
+def _complete_method(incomplete: str) -> list[str]:
+    return [name for name in names.METHODS if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        callback=check_model,
+        autocompletion=_complete_model,
+        metavar="MODEL",
+        help="Alias (see vlprune models), hub id, Hugging Face folder, or original .pth file (with --family).",
+        show_default=False,
+    ),
+]
+Run = Annotated[Path, typer.Argument(callback=check_run, metavar="RUN", help="Run directory.", show_default=False)]
+AnyPath = Annotated[
+    Path,
+    typer.Argument(
+        callback=check_path,
+        metavar="PATH",
+        help="Checkpoint, mask file, ONNX file or run directory.",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", callback=check_output, metavar="DIR", help="Run directory to write.", show_default=False
+    ),
+]
+Ratio = Annotated[
+    Ratios,
+    typer.Option(
+        "--ratio",
+        parser=parse_ratios,
+        metavar="R[,R...]",
+        help="Fractions of the weights to remove.",
+    ),
+]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method", callback=check_method, autocompletion=_complete_method, help="Pruning method (see vlprune methods)."
+    ),
+]
+Pattern = Annotated[
+    str, typer.Option("--pattern", parser=parse_pattern, help="unstructured, n:m, or rxc blocks.", metavar="PATTERN")
+]
+Family = Annotated[str | None, typer.Option("--family", help="Model family of an original .pth file, as in blip.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration", metavar="SOURCE", help="Captioned images for the one calibration pass: folder or caption JSON."
+    ),
+]
+CalibrationSamples = Annotated[
+    int | None, typer.Option("--calibration-samples", min=1, metavar="N", help="Use at most N calibration images.")
+]
+Data = Annotated[
+    list[TaskSource] | None,
+    typer.Option(
+        "--data",
+        parser=parse_data,
+        metavar="TASK=PATH",
+        help="Data of one task: folder, file, or train,test pair; repeatable.",
+    ),
+]
+Tasks = Annotated[
+    Names | None,
+    typer.Option(
+        "--tasks",
+        parser=parse_tasks,
+        metavar="TASK[,TASK...]",
+        help="Only these tasks; all the model offers if left out.",
+    ),
+]
+Finetune = Annotated[
+    Literal["none", "heads", "full"],
+    typer.Option(
+        "--finetune", help="What to train after pruning: nothing, all but the sparse encoders, or all weights."
+    ),
+]
+Export = Annotated[Literal["onnx", "none"], typer.Option("--export", help="Write ONNX graphs and measure them.")]
+Providers = Annotated[
+    Names,
+    typer.Option(
+        "--provider",
+        parser=parse_providers,
+        metavar="P[,P...]",
+        help="ONNX Runtime providers: cpu, cuda, tensorrt.",
+    ),
+]
+MaxSteps = Annotated[
+    int | None, typer.Option("--max-steps", min=1, metavar="N", help="Stop fine-tuning after N steps.")
+]
+Epochs = Annotated[int | None, typer.Option("--epochs", min=1, metavar="N", help="Passes over the training data.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--lr", parser=parse_rate, metavar="RATE", help="Peak learning rate of the cosine schedule."),
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, metavar="N", help="Samples per step.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option("--image-size", min=16, metavar="PIXELS", help="Interpolate the position embeddings to this side."),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where PyTorch computes.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Seed of everything random.")]
+Samples = Annotated[
+    int | None, typer.Option("--samples", min=1, metavar="N", help="Evaluate on at most N samples per task.")
+]
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Count and report broken records instead of stopping.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Keep the finished stages of an interrupted run.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")]
+BenchBatches = Annotated[
+    Sizes,
+    typer.Option(
+        "--bench-batch",
+        parser=parse_sizes,
+        metavar="N[,N...]",
+        help="Batch sizes of the throughput table.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
+
+RATIOS = Ratios((0.9,))
+CPU = Names(("cpu",))
+BATCHES = Sizes((1, 8))

@@ -1,0 +1,36 @@
+"""Names a user may type, importable without torch, so that a typing error is answered at once.
+
+The registries themselves (`vlprune.pruning.METHODS`, `vlprune.tasks.TASKS`) hold the code; a test keeps both equal.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from vlprune.errors import RequestError
+
+
+METHODS = ("multiflow", "omp", "local-magnitude", "modal-magnitude", "l2", "lamp", "random")
+TASKS = ("retrieval", "captioning", "vqa")
+PROVIDERS = ("cpu", "cuda", "tensorrt")
+
+
+def check(kind: str, name: str, known: Iterable[str]) -> str:
+    """Refuse an unknown name, with the nearest known ones.
+
+    Args:
+        kind: what the name names, for the message ("method", "task", ...).
+        name: what was typed.
+        known: the allowed names.
+
+    Returns:
+        str: `name`.
+
+    Raises:
+        RequestError: `name` is not among the known ones.
+    """
+    known = list(known)
+    if name in known:
+        return name
+    near = get_close_matches(name.lower(), known, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? (known: {', '.join(known)})" if near else f"known: {', '.join(known)}"
+    raise RequestError(f"unknown {kind} {name!r}: {hint}")
