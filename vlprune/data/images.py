@@ -8,6 +8,7 @@ from typing import overload
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vlprune.data.records import one_line
 from vlprune.errors import RequestError
 
 
@@ -45,7 +46,7 @@ def load_image(path: Path | str, thumbnail: bool = False) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on malformed files
         text = "no image in a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise BrokenImageError(" ".join(text.split()) or type(error).__name__) from error
+        raise BrokenImageError(text or type(error).__name__) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -100,10 +101,8 @@ class ImageFiles(Sequence[Image.Image]):
         Returns:
             RequestError: one line.
         """
-        return RequestError(
-            f"{self.source}, record {self.numbers[index]}: broken image {self.paths[index]} ({why}): "
-            "replace it, or pass --skip-broken"
-        )
+        what = one_line(f"broken image {self.paths[index]} ({why})")
+        return RequestError(f"{self.source}, record {self.numbers[index]}: {what}: replace it, or pass --skip-broken")
 
     def subset(self, indices: Sequence[int]) -> "ImageFiles":
         """Keep some of the images.

@@ -21,8 +21,20 @@ class BrokenRecordError(Exception):
     """What is wrong with a record: a reason to count it under, and the detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(f"{reason}: {one_line(detail)}")
         self.reason = reason
+
+
+def one_line(message: str) -> str:
+    """Escape what would break a message or play with the terminal: file names come from files.
+
+    Args:
+        message: any text.
+
+    Returns:
+        str: the text with unprintable characters written as escapes.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
 
 
 def read_records(path: Path) -> list[Any]:
