@@ -1,0 +1,63 @@
+from typing import Any
+
+from vlprune.report.markdown import render_markdown
+
+
+def test_summary_shows_every_stage_of_a_score(report: dict[str, Any]) -> None:
+    text = render_markdown(report)
+    assert "| variant | task | metric | dense | dense, fine-tuned | pruned | pruned, fine-tuned | ONNX |" in text
+    assert "| multiflow-0.9 | vqa | accuracy | 98.0 | 98.5 | 31.0 | 95.0 | 95.1 |" in text
+    assert "| multiflow-0.9 | captioning | CIDEr | 750.0 | – | – | – | – |" in text
+
+
+def test_details_show_intervals_sparsity_and_runtime(report: dict[str, Any]) -> None:
+    text = render_markdown(report)
+    assert "### vqa (scenes)" in text
+    row = "| multiflow-0.9-finetuned | 90.00 % | ONNX Runtime, cpu, fp32 | 500 | 95.1 [93.0, 97.0] |"
+    assert row in text
+    assert "| dense | 0.00 % | PyTorch, cpu, fp32 | 500 | 80.0 [70.0, 90.0] | 750.0 [710.0, 790.0] |" in text
+
+
+def test_other_sections(report: dict[str, Any]) -> None:
+    text = render_markdown(report)
+    assert text.startswith("# Compression of blip-tiny\n\nFamily blip, checkpoint embedded; 3,000,000 parameters, ")
+    assert "| multiflow-0.9 | multiflow | unstructured | 90.00 % | 90.0000 % | 90.00 % | 90.00 % |" in text
+    assert "| fp32 | 4.20 MB | 4.20 MB | 10.00 % | 2.4e-06 | 0.999999 |" in text
+    assert "| 8 | 10.00 | 10.10 | 12.50 | 792.1 | 0.990 [0.970, 1.010] | no measurable difference |" in text
+    assert "| prune | 1.2 | 900.00 MB | – |" in text
+    assert "- Processor: Some | processor, 2 threads\n- GPU: none" in text
+
+
+def test_unstructured_zeros_are_not_sold_as_speed(report: dict[str, Any]) -> None:
+    sentence = "do not make standard ONNX operators faster"
+    assert sentence in render_markdown(report)
+    for variant in report["variants"]:
+        variant["pattern"] = None
+    assert sentence not in render_markdown(report)
+
+
+def test_random_weights_are_marked_and_get_no_accuracy(report: dict[str, Any]) -> None:
+    report["model"]["random_weights"] = True
+    text = render_markdown(report)
+    assert "**The weights are random" in text
+    assert "## Scores" not in text
+    assert "98.0" not in text
+
+
+def test_names_cannot_break_the_table(report: dict[str, Any]) -> None:
+    report["stages"][0]["name"] = "a|b\nc"
+    assert "| a\\|b c | 1.2 |" in render_markdown(report)
+
+
+def test_skipped_records_are_told(report: dict[str, Any]) -> None:
+    report["metrics"][0]["skipped"] = 3
+    assert "### vqa (scenes; 3 broken records skipped)" in render_markdown(report)
+
+
+def test_a_report_of_one_stage_renders(report: dict[str, Any]) -> None:
+    for section in ("metrics", "graphs", "throughput"):
+        report[section] = []
+    text = render_markdown(report)
+    assert "## Sparsity" in text
+    assert "## Scores" not in text
+    assert "\n\n\n" not in text

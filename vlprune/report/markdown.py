@@ -1,0 +1,202 @@
+"""report.md: the report for people."""
+
+from collections.abc import Sequence
+
+from vlprune.report.schema import Metrics, Report
+from vlprune.report.summary import RANDOM, ZEROS, is_unstructured, points, summarize, title
+
+
+def render_markdown(report: Report) -> str:
+    """Write a report as Markdown.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        str: the text of report.md.
+    """
+    sections = [
+        _head(report),
+        _scores(report),
+        _sparsity(report),
+        _graphs(report),
+        _throughput(report),
+        _stages(report),
+        _environment(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _head(report: Report) -> str:
+    model = report["model"]
+    lines = [
+        f"# Compression of {model['name']}",
+        f"Family {model['family']}, checkpoint {model['checkpoint']}; {model['parameters']:,} parameters, "
+        f"{model['prunable_parameters']:,} of them prunable; seed {report['seed']}.",
+    ]
+    if model["random_weights"]:
+        lines.append(f"**{RANDOM}**")
+    if is_unstructured(report):
+        lines.append(ZEROS)
+    return "\n\n".join(lines)
+
+
+def _scores(report: Report) -> str:
+    if report["model"]["random_weights"] or not report["metrics"]:
+        return ""
+    blocks = ["## Scores", "All scores times 100; in brackets the 95 % bootstrap interval over the test samples."]
+    rows = summarize(report)
+    if rows:
+        blocks.append(
+            _table(
+                ["variant", "task", "metric", "dense", "dense, fine-tuned", "pruned", "pruned, fine-tuned", "ONNX"],
+                [
+                    [row.variant, row.task, title(row.metric)]
+                    + [points(x) for x in (row.dense, row.dense_finetuned, row.pruned, row.finetuned, row.onnx)]
+                    for row in rows
+                ],
+                text_columns=3,
+            )
+        )
+    for task, dataset in dict.fromkeys((row["task"], row["dataset"]) for row in report["metrics"]):
+        blocks += _task(task, dataset, report)
+    return "\n\n".join(blocks)
+
+
+def _task(task: str, dataset: str, report: Report) -> list[str]:
+    rows = [row for row in report["metrics"] if (row["task"], row["dataset"]) == (task, dataset)]
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row["values"]))
+    skipped = max(row.get("skipped", 0) for row in rows)
+    note = f"; {skipped} broken records skipped" if skipped else ""
+    sparsity = {variant["id"]: variant["sparsity"]["achieved"] for variant in report["variants"]}
+    body = [
+        [row["variant"], _percent(sparsity[row["variant"]]), _runtime(row), str(row["n"])]
+        + [_interval(row, metric) for metric in metrics]
+        for row in rows
+    ]
+    table = _table(["variant", "sparsity", "run by", "n", *map(title, metrics)], body, text_columns=1)
+    return [f"### {task} ({dataset}{note})", table]
+
+
+def _runtime(row: Metrics) -> str:
+    name = "PyTorch" if row["runtime"] == "pytorch" else "ONNX Runtime"
+    return f"{name}, {row['provider']}, {row['precision']}" + (", packed" if row["packed"] else "")
+
+
+def _interval(row: Metrics, metric: str) -> str:
+    if metric not in row["values"]:
+        return "–"
+    text = points(row["values"][metric])
+    if metric in row["ci95"]:
+        low, high = row["ci95"][metric]
+        text += f" [{points(low)}, {points(high)}]"
+    return text
+
+
+def _sparsity(report: Report) -> str:
+    pruned = [variant for variant in report["variants"] if variant["method"]]
+    if not pruned:
+        return ""
+    modalities = list(dict.fromkeys(name for variant in pruned for name in variant["sparsity"]["per_modality"]))
+    body = [
+        [variant["id"], variant["method"] or "", variant["pattern"] or "", _percent(variant["ratio"])]
+        + [_percent(variant["sparsity"]["achieved"], 4)]
+        + [_percent(variant["sparsity"]["per_modality"].get(name)) for name in modalities]
+        for variant in pruned
+    ]
+    table = _table(["variant", "method", "pattern", "asked", "achieved", *modalities], body, text_columns=3)
+    return f"## Sparsity\n\nShare of prunable weights removed.\n\n{table}"
+
+
+def _graphs(report: Report) -> str:
+    if not report["graphs"]:
+        return ""
+    body = [
+        [
+            f"`{row['file']}`",
+            row["precision"] + (", packed" if row["packed"] else ""),
+            _megabytes(row["bytes"]),
+            _megabytes(row["dense_bytes"]),
+            _percent(row["nonzero_fraction"]),
+            f"{row['max_abs_diff']:.1e}",
+            f"{row['cosine_min']:.6f}",
+        ]
+        for row in report["graphs"]
+    ]
+    columns = ["file", "precision", "size", "dense size", "nonzero", "max abs difference", "min cosine"]
+    intro = "Differences are between ONNX Runtime and PyTorch on the same inputs. 1 MB = 1,000,000 bytes."
+    return f"## ONNX graphs\n\n{intro}\n\n{_table(columns, body, text_columns=2)}"
+
+
+def _throughput(report: Report) -> str:
+    if not report["throughput"]:
+        return ""
+    body = []
+    for row in report["throughput"]:
+        low, high = row["ratio_ci95"]
+        body.append(
+            [
+                row["variant"],
+                f"{row['task']} / {row['graph']}",
+                f"{row['provider']}, {row['precision']}" + (", packed" if row["packed"] else ""),
+                str(row["batch"]),
+                f"{row['dense']['p50_ms']:.2f}",
+                f"{row['compressed']['p50_ms']:.2f}",
+                f"{row['compressed']['p99_ms']:.2f}",
+                f"{row['compressed']['per_s']:,.1f}",
+                f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]",
+                row["verdict"],
+            ]
+        )
+    columns = ["variant", "graph", "run by", "batch", "dense p50 ms", "p50 ms", "p99 ms", "per s", "ratio", "verdict"]
+    intro = (
+        "Both sides exported the same way and timed in alternating blocks by the same provider at the same precision; "
+        "ratio = dense time / compressed time, with its 95 % bootstrap interval."
+    )
+    return f"## Throughput\n\n{intro}\n\n{_table(columns, body, text_columns=3)}"
+
+
+def _stages(report: Report) -> str:
+    if not report["stages"]:
+        return ""
+    body = [
+        [
+            row["name"],
+            f"{row['seconds']:.1f}",
+            _megabytes(row["peak_rss_bytes"]),
+            "–" if row["peak_cuda_bytes"] is None else _megabytes(row["peak_cuda_bytes"]),
+        ]
+        for row in report["stages"]
+    ]
+    return f"## Stages\n\n{_table(['stage', 'seconds', 'peak memory', 'peak CUDA memory'], body, text_columns=1)}"
+
+
+def _environment(report: Report) -> str:
+    machine = report["environment"]
+    gpu = f"{machine['gpu']} (driver {machine['driver']})" if machine["gpu"] else "none"
+    lines = [
+        f"- Python {machine['python']}, torch {machine['torch'] or 'absent'}, "
+        f"onnxruntime {machine['onnxruntime'] or 'absent'} ({', '.join(machine['providers']) or 'no providers'})",
+        f"- Processor: {machine['cpu']}, {machine['threads']} threads",
+        f"- GPU: {gpu}",
+    ]
+    return "## Environment\n\n" + "\n".join(lines)
+
+
+def _table(columns: Sequence[str], body: Sequence[Sequence[str]], text_columns: int) -> str:
+    """Build a Markdown table whose first columns are text (left) and the rest figures (right)."""
+    rule = ["---" if index < text_columns else "---:" for index in range(len(columns))]
+    rows = [columns, rule, *body]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _percent(fraction: float | None, decimals: int = 2) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.{decimals}f} %"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB"

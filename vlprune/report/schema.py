@@ -1,0 +1,328 @@
+"""The keys of report.json, schema version 1, and the check that a report has them.
+
+Flat rows, easy to load into a table; every row names its variant. `validate_report` reads the classes below, so they
+are the only place where a key is declared.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from types import NoneType, UnionType
+from typing import Any, Literal, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from vlprune.errors import RequestError
+
+
+SCHEMA_VERSION = 1
+
+Verdict = Literal["faster", "slower", "no measurable difference"]
+
+
+class Model(TypedDict):
+    """The model as given.
+
+    Attributes:
+        name: what the user called it.
+        family: for example "blip".
+        checkpoint: where the weights came from, with their SHA-256 where there is a file.
+        parameters: number of weights, shared ones counted once.
+        prunable_parameters: those in prunable layers, shared ones counted once.
+        random_weights: the weights are random: speed and memory mean something, accuracy does not.
+    """
+
+    name: str
+    family: str
+    checkpoint: str
+    parameters: int
+    prunable_parameters: int
+    random_weights: bool
+
+
+class Sparsity(TypedDict):
+    """Fractions of prunable weights that are removed, in [0, 1].
+
+    Attributes:
+        achieved: over all prunable layers.
+        per_modality: the same per modality.
+        per_layer: the same per layer.
+    """
+
+    achieved: float
+    per_modality: dict[str, float]
+    per_layer: dict[str, float]
+
+
+class Variant(TypedDict):
+    """One model that was measured.
+
+    Attributes:
+        id: "dense", "dense-finetuned", "multiflow-0.9", "multiflow-0.9-finetuned", ...
+        method: pruning method, None when dense.
+        ratio: fraction of the prunable weights that was to be removed, None when dense.
+        pattern: "unstructured", "n:m", "rxc"; None when dense.
+        finetuned: it was trained for each task after pruning.
+        sparsity: what was reached.
+        parameters: weights still physically there (masked ones are, surgically removed ones are not).
+    """
+
+    id: str
+    method: str | None
+    ratio: float | None
+    pattern: str | None
+    finetuned: bool
+    sparsity: Sparsity
+    parameters: int
+
+
+class Metrics(TypedDict):
+    """Scores of one variant on one task.
+
+    Attributes:
+        variant: a variant's id.
+        task: "retrieval", "captioning", "vqa".
+        dataset: name of the test data.
+        n: number of test samples (images, or questions).
+        runtime: what computed the outputs.
+        provider: "cpu", "cuda", "tensorrt".
+        precision: "fp32", "fp16", "int8".
+        packed: the weights were read from a packed file.
+        values: metric -> score, higher is better; shares in 0 to 1, cider in 0 to 10 (papers print both times 100).
+        ci95: metric -> [low, high], 95 % bootstrap interval over samples, in the unit of the value.
+        skipped: broken records left out (`--skip-broken`).
+    """
+
+    variant: str
+    task: str
+    dataset: str
+    n: int
+    runtime: Literal["pytorch", "onnxruntime"]
+    provider: str
+    precision: str
+    packed: bool
+    values: dict[str, float]
+    ci95: dict[str, list[float]]
+    skipped: NotRequired[int]
+
+
+class Graph(TypedDict):
+    """One exported ONNX graph.
+
+    Attributes:
+        variant: a variant's id.
+        task: the task it serves.
+        graph: its name, as in "image_encoder".
+        precision: "fp32", "fp16", "int8".
+        packed: the weights are packed.
+        file: path inside the run directory, with "/".
+        bytes: size of the file and its external data.
+        dense_bytes: size of the dense model's same graph, exported the same way.
+        nonzero_fraction: share of nonzero entries among the weights of prunable layers, in [0, 1].
+        max_abs_diff: largest |ONNX Runtime - PyTorch| over all outputs and probes.
+        cosine_min: smallest cosine between the two, over outputs and samples.
+    """
+
+    variant: str
+    task: str
+    graph: str
+    precision: str
+    packed: bool
+    file: str
+    bytes: int
+    dense_bytes: int
+    nonzero_fraction: float
+    max_abs_diff: float
+    cosine_min: float
+
+
+class Timing(TypedDict):
+    """Latency of one graph in milliseconds, and samples per second at the median."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    per_s: float
+
+
+class Throughput(TypedDict):
+    """One graph timed against the dense model's, same export, provider and precision.
+
+    Attributes:
+        variant: a variant's id.
+        task: the task the graph serves.
+        graph: its name.
+        provider: "cpu", "cuda", "tensorrt".
+        precision: "fp32", "fp16", "int8".
+        packed: the compressed side reads packed weights.
+        batch: samples per run.
+        dense: the dense side.
+        compressed: the compressed side.
+        ratio: dense time / compressed time; above 1 the compressed graph is faster.
+        ratio_ci95: its 95 % bootstrap interval.
+        verdict: what the interval says; it contains 1 -> "no measurable difference".
+    """
+
+    variant: str
+    task: str
+    graph: str
+    provider: str
+    precision: str
+    packed: bool
+    batch: int
+    dense: Timing
+    compressed: Timing
+    ratio: float
+    ratio_ci95: list[float]
+    verdict: Verdict
+
+
+class Stage(TypedDict):
+    """What one stage cost: seconds, peak resident and peak CUDA memory in bytes (None without CUDA)."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+    peak_cuda_bytes: int | None
+
+
+class Environment(TypedDict):
+    """The machine: versions, ONNX Runtime providers, names of processor and GPU (None without one), threads used."""
+
+    python: str
+    torch: str | None
+    onnxruntime: str | None
+    providers: list[str]
+    cpu: str
+    gpu: str | None
+    driver: str | None
+    threads: int
+
+
+class Report(TypedDict):
+    """report.json.
+
+    Attributes:
+        schema_version: 1.
+        model: the model as given.
+        seed: seed of the run.
+        variants: one row per model measured.
+        metrics: one row per variant, task, runtime; empty when the weights are random.
+        graphs: one row per ONNX file.
+        throughput: one row per graph, provider and batch size.
+        stages: one row per stage, in order.
+        environment: the machine.
+    """
+
+    schema_version: int
+    model: Model
+    seed: int
+    variants: list[Variant]
+    metrics: list[Metrics]
+    graphs: list[Graph]
+    throughput: list[Throughput]
+    stages: list[Stage]
+    environment: Environment
+
+
+def validate_report(report: Any, where: str = "report") -> Report:
+    """Check that a report has exactly the declared keys, finite numbers, and rows that fit together.
+
+    Args:
+        report: what was read or is about to be written.
+        where: name of the report for the message, for example its path.
+
+    Returns:
+        Report: the same object.
+
+    Raises:
+        RequestError: the first few problems, in one line.
+    """
+    problems = list(_mismatches(report, Report, ""))
+    if not problems:
+        problems = list(_contradictions(report))
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise RequestError(f"{where} is not a valid report: {shown}")
+    return report
+
+
+def _mismatches(value: Any, expected: Any, path: str) -> Iterator[str]:
+    """Yield where `value` departs from the type `expected`."""
+    origin = get_origin(expected)
+    if is_typeddict(expected):
+        if not isinstance(value, dict):
+            yield f"{path or 'it'} is no object"
+            return
+        for key in sorted(expected.__required_keys__ - value.keys()):
+            yield f"{_join(path, key)} is missing"
+        hints = get_type_hints(expected)
+        for key, item in value.items():
+            if key in hints:
+                yield from _mismatches(item, hints[key], _join(path, key))
+            else:
+                yield f"{_join(path, key)} is unknown"
+    elif origin is list:
+        if not isinstance(value, list | tuple):  # JSON makes lists of both
+            yield f"{path} is no list"
+            return
+        for index, item in enumerate(value):
+            yield from _mismatches(item, get_args(expected)[0], f"{path}[{index}]")
+    elif origin is dict:
+        if not isinstance(value, dict):
+            yield f"{path} is no object"
+            return
+        for key, item in value.items():
+            yield from _mismatches(item, get_args(expected)[1], _join(path, str(key)))
+    elif origin in (Union, UnionType):
+        options = [option for option in get_args(expected) if option is not NoneType]
+        if value is not None:
+            yield from _mismatches(value, options[0], path)
+    elif origin is Literal:
+        if value not in get_args(expected):
+            yield f"{path} is {value!r}, not one of {', '.join(get_args(expected))}"
+    elif expected is float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            yield f"{path} is no number"
+        elif not math.isfinite(value):
+            yield f"{path} is {value}"
+    elif not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        yield f"{path} is {value!r}, no {expected.__name__}"
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _contradictions(report: Report) -> Iterator[str]:
+    """Yield what is well-formed but cannot be."""
+    if report["schema_version"] != SCHEMA_VERSION:
+        yield f"schema_version is {report['schema_version']}, this vlprune reads {SCHEMA_VERSION}"
+    ids = [variant["id"] for variant in report["variants"]]
+    for name in sorted({name for name in ids if ids.count(name) > 1}):
+        yield f"variant {name} is there twice"
+    for variant in report["variants"]:
+        sparsity = variant["sparsity"]
+        fractions = [sparsity["achieved"], *sparsity["per_modality"].values(), *sparsity["per_layer"].values()]
+        if not all(0 <= fraction <= 1 for fraction in fractions):
+            yield f"variant {variant['id']} has a sparsity outside 0 to 1"
+    rows = {"metrics": report["metrics"], "graphs": report["graphs"], "throughput": report["throughput"]}
+    for section, entries in rows.items():
+        for index, row in enumerate(entries):
+            if row["variant"] not in ids:  # type: ignore[index]
+                yield f"{section}[{index}] names the unknown variant {row['variant']!r}"  # type: ignore[index]
+    for index, metrics in enumerate(report["metrics"]):
+        for metric, interval in metrics["ci95"].items():
+            if metric not in metrics["values"]:
+                yield f"metrics[{index}] has an interval for {metric} but no value"
+            elif len(interval) != 2 or interval[0] > interval[1]:
+                yield f"metrics[{index}].ci95.{metric} is not [low, high]"
+    for index, graph in enumerate(report["graphs"]):
+        file = PurePosixPath(graph["file"])
+        if file.is_absolute() or ".." in file.parts:
+            yield f"graphs[{index}].file leaves the run directory"
+        if not 0 <= graph["nonzero_fraction"] <= 1:
+            yield f"graphs[{index}].nonzero_fraction is outside 0 to 1"
+    for index, timed in enumerate(report["throughput"]):
+        if len(timed["ratio_ci95"]) != 2 or timed["ratio_ci95"][0] > timed["ratio_ci95"][1]:
+            yield f"throughput[{index}].ratio_ci95 is not [low, high]"
+    if report["model"]["random_weights"] and report["metrics"]:
+        yield "metrics are given although the weights are random"

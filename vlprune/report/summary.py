@@ -1,0 +1,157 @@
+"""The figures a reader wants first, gathered from the flat rows of a report."""
+
+from dataclasses import dataclass
+
+from vlprune.report.schema import Metrics, Report, Variant
+
+
+# The metrics that stand for a task in short tables; other tasks show their first one.
+HEADLINES = {"retrieval": ("i2t_r1", "t2i_r1"), "captioning": ("cider",), "vqa": ("accuracy",)}
+
+TITLES = {
+    "i2t_r1": "text R@1",
+    "i2t_r5": "text R@5",
+    "i2t_r10": "text R@10",
+    "t2i_r1": "image R@1",
+    "t2i_r5": "image R@5",
+    "t2i_r10": "image R@10",
+    "mean_r1": "mean R@1",
+    "cider": "CIDEr",
+    "exact": "exact match",
+    "accuracy": "accuracy",
+} | {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}
+
+ZEROS = (
+    "Unstructured zeros do not make standard ONNX operators faster: they multiply zeros like any other number. "
+    "What the zeros gain is size, once the weights are packed."
+)
+RANDOM = "The weights are random: sizes and times mean something, accuracy does not, so none is shown."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one task through the stages of one compressed model; None where it was not measured.
+
+    Attributes:
+        variant: id of the pruned variant, without "-finetuned".
+        task: the task.
+        metric: the metric's name.
+        dense: score of the model as given.
+        dense_finetuned: the same after the recipe that the pruned model got.
+        pruned: score right after pruning.
+        finetuned: score after fine-tuning.
+        onnx: score of the last of these, computed by ONNX Runtime at full precision.
+    """
+
+    variant: str
+    task: str
+    metric: str
+    dense: float | None
+    dense_finetuned: float | None
+    pruned: float | None
+    finetuned: float | None
+    onnx: float | None
+
+
+def summarize(report: Report) -> list[Row]:
+    """Gather the headline metrics of every pruned variant.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        list[Row]: by variant, task, metric, in the order of the report.
+    """
+    if report["model"]["random_weights"]:
+        return []
+    rows = []
+    for base in dict.fromkeys(base_id(variant) for variant in report["variants"] if variant["method"]):
+        for task in dict.fromkeys(row["task"] for row in report["metrics"]):
+            of_task = [row for row in report["metrics"] if row["task"] == task]
+            for metric in headline(task, of_task):
+                one_shot, tuned = base, f"{base}-finetuned"
+                onnx = _score(of_task, tuned, metric, "onnxruntime")
+                rows.append(
+                    Row(
+                        variant=base,
+                        task=task,
+                        metric=metric,
+                        dense=_score(of_task, "dense", metric),
+                        dense_finetuned=_score(of_task, "dense-finetuned", metric),
+                        pruned=_score(of_task, one_shot, metric),
+                        finetuned=_score(of_task, tuned, metric),
+                        onnx=_score(of_task, one_shot, metric, "onnxruntime") if onnx is None else onnx,
+                    )
+                )
+    return rows
+
+
+def base_id(variant: Variant) -> str:
+    """Give the id that a variant had before fine-tuning.
+
+    Args:
+        variant: a row of the report.
+
+    Returns:
+        str: its id without "-finetuned".
+    """
+    return variant["id"].removesuffix("-finetuned")
+
+
+def headline(task: str, rows: list[Metrics]) -> list[str]:
+    """Choose the metrics that stand for a task.
+
+    Args:
+        task: the task.
+        rows: its metric rows.
+
+    Returns:
+        list[str]: those of `HEADLINES` that were measured, else the first metric there is.
+    """
+    measured = list(dict.fromkeys(metric for row in rows for metric in row["values"]))
+    return [metric for metric in HEADLINES.get(task, ()) if metric in measured] or measured[:1]
+
+
+def is_unstructured(report: Report) -> bool:
+    """Tell whether any variant has scattered zeros.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        bool: one has.
+    """
+    return any(variant["pattern"] == "unstructured" for variant in report["variants"])
+
+
+def title(metric: str) -> str:
+    """Name a metric for people.
+
+    Args:
+        metric: its key.
+
+    Returns:
+        str: as papers call it.
+    """
+    return TITLES.get(metric, metric)
+
+
+def points(value: float | None) -> str:
+    """Print a score times 100, as papers do.
+
+    Args:
+        value: a share in 0 to 1 (CIDEr: 0 to 10), None when it was not measured.
+
+    Returns:
+        str: one decimal, or a dash.
+    """
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _score(rows: list[Metrics], variant: str, metric: str, runtime: str = "pytorch") -> float | None:
+    """First full-precision, unpacked score of a variant, else None."""
+    for row in rows:
+        plain = row["precision"] == "fp32" and not row["packed"]
+        if plain and row["variant"] == variant and row["runtime"] == runtime and metric in row["values"]:
+            return row["values"][metric]
+    return None
