@@ -304,11 +304,15 @@ def _contradictions(report: Report) -> Iterator[str]:
         fractions = [sparsity["achieved"], *sparsity["per_modality"].values(), *sparsity["per_layer"].values()]
         if not all(0 <= fraction <= 1 for fraction in fractions):
             yield f"variant {variant['id']} has a sparsity outside 0 to 1"
-    rows = {"metrics": report["metrics"], "graphs": report["graphs"], "throughput": report["throughput"]}
-    for section, entries in rows.items():
-        for index, row in enumerate(entries):
-            if row["variant"] not in ids:  # type: ignore[index]
-                yield f"{section}[{index}] names the unknown variant {row['variant']!r}"  # type: ignore[index]
+    named: dict[str, list[str]] = {
+        "metrics": [row["variant"] for row in report["metrics"]],
+        "graphs": [row["variant"] for row in report["graphs"]],
+        "throughput": [row["variant"] for row in report["throughput"]],
+    }
+    for section, names in named.items():
+        for index, name in enumerate(names):
+            if name not in ids:
+                yield f"{section}[{index}] names the unknown variant {name!r}"
     for index, metrics in enumerate(report["metrics"]):
         for metric, interval in metrics["ci95"].items():
             if metric not in metrics["values"]:

@@ -55,29 +55,29 @@ def print_report(report: Report, screen: Console | None = None) -> None:
     scores = _scores(report)
     if scores.row_count:
         screen.print(scores)
-    pruned = [variant for variant in report["variants"] if variant["method"]]
-    if pruned:
-        rows = [
-            {"variant": variant["id"], "achieved": f"{variant['sparsity']['achieved']:.6f}"}
-            | {name: f"{value:.4f}" for name, value in variant["sparsity"]["per_modality"].items()}
-            for variant in pruned
-        ]
-        screen.print(table("Sparsity", rows))
-    if report["throughput"]:
-        rows = [
-            {
-                "variant": row["variant"],
-                "graph": f"{row['task']} / {row['graph']}",
-                "provider": row["provider"],
-                "batch": row["batch"],
-                "dense ms": f"{row['dense']['p50_ms']:.2f}",
-                "ms": f"{row['compressed']['p50_ms']:.2f}",
-                "dense / compressed": f"{row['ratio']:.3f} [{row['ratio_ci95'][0]:.3f}, {row['ratio_ci95'][1]:.3f}]",
-                "verdict": row["verdict"],
-            }
-            for row in report["throughput"]
-        ]
-        screen.print(table("Throughput", rows))
+    sparsities = [
+        {"variant": variant["id"], "achieved": f"{variant['sparsity']['achieved']:.6f}"}
+        | {name: f"{value:.4f}" for name, value in variant["sparsity"]["per_modality"].items()}
+        for variant in report["variants"]
+        if variant["method"]
+    ]
+    if sparsities:
+        screen.print(table("Sparsity", sparsities))
+    timings = [
+        {
+            "variant": row["variant"],
+            "graph": f"{row['task']} / {row['graph']}",
+            "provider": row["provider"],
+            "batch": row["batch"],
+            "dense ms": f"{row['dense']['p50_ms']:.2f}",
+            "ms": f"{row['compressed']['p50_ms']:.2f}",
+            "dense / compressed": f"{row['ratio']:.3f} [{row['ratio_ci95'][0]:.3f}, {row['ratio_ci95'][1]:.3f}]",
+            "verdict": row["verdict"],
+        }
+        for row in report["throughput"]
+    ]
+    if timings:
+        screen.print(table("Throughput", timings))
     if report["graphs"] and is_unstructured(report):
         screen.print(ZEROS)
 
