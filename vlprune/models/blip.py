@@ -1,9 +1,9 @@
 """BLIP (Li et al., ICML 2022): vision encoder, text encoder and text decoder on transformers' modules.
 
 One class covers the task-agnostic pretraining model (all three parts, encoder and decoder sharing everything but
-self-attention) and the single-task checkpoints of Hugging Face; which tasks a model offers follows from the parts it has.
-Parameter names are Hugging Face's. The forward passes are our own: transformers' cross-attention ignores the mask of the
-encoder, and its vision attention derives head widths from the hidden size.
+self-attention) and the single-task checkpoints of Hugging Face; which tasks a model offers follows from its parts.
+Parameter names are Hugging Face's. The forward passes are our own: transformers' cross-attention ignores the mask of
+the encoder, and its vision attention derives head widths from the hidden size.
 """
 
 from __future__ import annotations
@@ -231,12 +231,17 @@ class Blip(nn.Module):
         parts: names out of `PARTS`.
         processor: tokenizer and image preprocessing.
         source: where the weights come from.
+
+    Attributes:
+        options: task -> settings of its task.json, "finetune" -> settings of the fine-tuning, where this checkpoint is
+            better served by others than the authors' (kept in its config.json).
     """
 
     family = "blip"
 
     def __init__(self, config: BlipConfig, parts: set[str], processor: Processor, source: Source) -> None:
         super().__init__()
+        self.options: dict[str, dict[str, Any]] = {}
         vision, text = config.vision_config, config.text_config
         self.config = config
         self.processor = processor
@@ -325,8 +330,8 @@ class Blip(nn.Module):
     def layers(self) -> list[PrunableLayer]:
         """List the prunable weights: every Linear of the towers (METHODS: MULTIFLOW, BLIP).
 
-        Projection heads, the matching head and the language-model head are not pruned. A weight that encoder and decoder
-        share is one layer.
+        Projection heads, the matching head and the language-model head are not pruned. A weight that encoder and
+        decoder share is one layer.
 
         Returns:
             list[PrunableLayer]: vision first, then text, in order of execution.
@@ -335,8 +340,9 @@ class Blip(nn.Module):
 
         def add(name: str, linear: nn.Linear, modality: Any, tokens: Any) -> None:
             known = found.get(id(linear.weight))
+            names = (*known.names, name) if known else (name,)
             modules = (*known.modules, linear) if known else (linear,)
-            found[id(linear.weight)] = PrunableLayer(known.name if known else name, modality, modules, tokens)
+            found[id(linear.weight)] = PrunableLayer(names[0], names, modality, modules, tokens)
 
         for i, layer in enumerate(self.vision_model.encoder.layers):
             for path in ("self_attn.qkv", "self_attn.projection", "mlp.fc1", "mlp.fc2"):
@@ -694,7 +700,11 @@ class Blip(nn.Module):
         config = self.config.to_diff_dict()
         single = len(self.tasks) == 1
         config["architectures"] = [ARCHITECTURES[self.tasks[0]] if single else "BlipForPreTraining"]
-        config["vlprune"] = {"name": self.source.name, "random_weights": self.source.random_weights}
+        config["vlprune"] = {
+            "name": self.source.name,
+            "random_weights": self.source.random_weights,
+            "options": self.options,
+        }
         write_json(folder / "config.json", config)
         self.processor.save(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class PrunableLayer:
 
     Attributes:
         name: parameter path of the first use, without ".weight".
+        names: parameter paths of all uses, `name` first.
         modality: "vision" or "text".
         modules: the Linear modules that hold the weight; more than one when towers share it.
         tokens: whose tokens the inputs' rows are, "vision" or "text" (cross-attention keys and values of a text layer
@@ -28,6 +30,7 @@ class PrunableLayer:
     """
 
     name: str
+    names: tuple[str, ...]
     modality: Literal["vision", "text"]
     modules: tuple[nn.Linear, ...]
     tokens: Literal["vision", "text"]
@@ -53,6 +56,37 @@ class Source:
     checkpoint: str
     sha256: str | None = None
     random_weights: bool = False
+
+
+def fingerprint(layers: list[PrunableLayer]) -> str:
+    """Hash the prunable weights, so that masks are never applied to another model.
+
+    Args:
+        layers: the model's prunable layers.
+
+    Returns:
+        str: SHA-256 in hexadecimal over names, shapes and values.
+    """
+    digest = hashlib.sha256()
+    for layer in layers:
+        digest.update(f"{layer.name} {list(layer.weight.shape)}\n".encode())
+        digest.update(layer.weight.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def masks_for(part: list[PrunableLayer], whole: list[PrunableLayer], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a model's masks for a copy that holds only some of its parts, where a shared weight may go by another name.
+
+    Args:
+        part: prunable layers of the copy.
+        whole: prunable layers of the model.
+        masks: the model's masks by layer name.
+
+    Returns:
+        dict[str, Tensor]: the copy's masks by its layer names.
+    """
+    name_of = {alias: layer.name for layer in whole for alias in layer.names}
+    return {layer.name: masks[name_of[layer.name]] for layer in part}
 
 
 def apply_masks(layers: list[PrunableLayer], masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""From a name to a loaded model: the cache, the hub, folders and files. Nothing read from disk is trusted or executed."""
+"""From a name to a loaded model: cache, hub, folders and files. Nothing read from disk is trusted or executed."""
 
 from __future__ import annotations
 
@@ -115,7 +115,22 @@ def load_folder(folder: Path, name: str, image_size: int | None) -> Blip:
         text.enc_token_id,
         **read_preprocessor(folder),
     )
-    return blip.build(config, state, processor, source)
+    model = blip.build(config, state, processor, source)
+    model.options = _options(extra.get("options", {}), folder)
+    return model
+
+
+def _options(options: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """Check the settings a folder suggests: numbers by name, per task; their meaning is checked where they are used."""
+    known = {*blip.TASK_PARTS, "finetune"}
+    if not isinstance(options, dict) or not all(
+        task in known and isinstance(entry, dict) and all(isinstance(v, int | float) for v in entry.values())
+        for task, entry in options.items()
+    ):
+        raise RequestError(
+            f"{folder}/config.json: vlprune.options must map {', '.join(sorted(known))} to named numbers"
+        )
+    return options
 
 
 def load_original(path: Path, name: str, image_size: int | None) -> Blip:
@@ -278,5 +293,5 @@ def _bert_tokenizer(folder: Path) -> BertTokenizerFast:
         return load_tokenizer(_from_hub("google-bert/bert-base-uncased"))
     except MachineError as error:
         raise MachineError(
-            f"the tokenizer of bert-base-uncased, which the checkpoint needs, is not in the cache: put vocab.txt in {folder}"
+            f"the checkpoint needs the tokenizer of bert-base-uncased, not in the cache: put its vocab.txt in {folder}"
         ) from error

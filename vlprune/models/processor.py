@@ -22,6 +22,8 @@ from vlprune.files import read_json, write_json
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # what BLIP and CLIP checkpoints were trained with
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]", "[ENC]")
+
 First = Literal["cls", "enc", "dec"]
 
 
@@ -183,8 +185,7 @@ def word_tokenizer(words: Sequence[str]) -> BertTokenizerFast:
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]", "[ENC]"]
-    vocabulary = {word: index for index, word in enumerate([*special, *words])}
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -195,6 +196,27 @@ def word_tokenizer(words: Sequence[str]) -> BertTokenizerFast:
     fast = BertTokenizerFast(tokenizer_object=tokenizer, bos_token="[DEC]")
     fast.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return fast
+
+
+def wordpiece_tokenizer(texts: Sequence[str], size: int) -> BertTokenizerFast:
+    """Learn a WordPiece vocabulary from texts and make a BERT tokenizer of it, with [DEC] and [ENC] added.
+
+    Args:
+        texts: the texts to learn from, lower-cased on the way.
+        size: at most this many tokens, the six special ones included; at least one per character is kept.
+
+    Returns:
+        BertTokenizerFast: the tokenizer, the same for the same texts.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer = normalizers.BertNormalizer()
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=size - len(SPECIAL), show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    vocabulary = learner.get_vocab()
+    return word_tokenizer(sorted(vocabulary, key=vocabulary.__getitem__))
 
 
 def read_preprocessor(folder: Path) -> dict[str, Any]:

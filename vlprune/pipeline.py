@@ -1,0 +1,405 @@
+"""compress(): the stages in order; and each verb that runs some of them on a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlprune import names
+from vlprune.data import CAPTION_SOURCES, VQA_SOURCES
+from vlprune.errors import MachineError, RequestError
+from vlprune.inspect import inspect
+from vlprune.models import MODELS
+from vlprune.pruning import get_method
+from vlprune.pruning.budgets import checked_ratio
+from vlprune.pruning.patterns import Pattern
+from vlprune.run import Run
+from vlprune.runtime.session import check_provider
+from vlprune.stages import Stages
+
+
+__all__ = ["compress", "export", "finetune", "inspect", "prune", "validate"]
+
+CALIBRATION_IMAGES = 1024
+
+
+def compress(
+    model: str,
+    *,
+    output: Path | str,
+    ratios: list[float],
+    method: str = "multiflow",
+    pattern: str = "unstructured",
+    family: str | None = None,
+    calibration: str | None = None,
+    calibration_samples: int | None = None,
+    data: dict[str, str] | None = None,
+    tasks: list[str] | None = None,
+    finetune: str = "full",
+    max_steps: int | None = None,
+    epochs: int | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    export: str | None = None,
+    providers: list[str] | None = None,
+    bench_batches: list[int] | None = None,
+    samples: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    skip_broken: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Prune a model once, fine-tune it per task, export to ONNX, validate, report.
+
+    Args:
+        model: alias, hub id, folder or `.pth` file.
+        output: run directory.
+        ratios: fractions of the prunable weights to remove, in (0, 1).
+        method: a name of `vlprune.pruning.METHODS`.
+        pattern: "unstructured", "n:m" or "rxc".
+        family: of a `.pth` file.
+        calibration: captioned images for the one calibration pass; the embedded scenes for embedded models only.
+        calibration_samples: images of the pass, default 1024.
+        data: task -> data set; the embedded scenes for embedded models only.
+        tasks: which to run; None = those with data.
+        finetune: "none", "heads" or "full".
+        max_steps: of fine-tuning.
+        epochs: of fine-tuning.
+        lr: peak learning rate of fine-tuning.
+        batch_size: of fine-tuning.
+        image_size: pixels; position embeddings are interpolated.
+        export: "onnx" or None.
+        providers: ONNX Runtime providers to validate and time on.
+        bench_batches: batch sizes to time.
+        samples: test samples per task at most.
+        device: "auto", "cpu" or "cuda", for PyTorch.
+        threads: of PyTorch and ONNX Runtime on the CPU.
+        seed: of everything random.
+        skip_broken: leave broken records out and count them.
+        resume: keep the finished stages of a killed run.
+
+    Returns:
+        dict[str, Any]: report.json.
+    """
+    recipe = _recipe(
+        model, ratios, method, pattern, family, calibration, calibration_samples, data, tasks, image_size, device,
+        threads, seed, skip_broken,
+    )  # fmt: skip
+    recipe |= {
+        "finetune": _finetune_recipe(finetune, max_steps, epochs, lr),
+        "batch_size": batch_size,
+        "export": export,
+        "providers": providers or ["cpu"],
+        "bench_batches": bench_batches or [1, 8],
+        "samples": samples,
+    }
+    if export:
+        for provider in recipe["providers"]:
+            check_provider(provider)
+    _set_up(recipe)
+    stages = Stages(Run.start(Path(output), recipe, resume))
+    stages.settle()
+    stages.prune()
+    _train_and_score(stages)
+    if export:
+        _export(stages)
+        _validate(stages)
+    return stages.report()
+
+
+def prune(
+    model: str,
+    *,
+    output: Path | str,
+    ratios: list[float],
+    method: str = "multiflow",
+    pattern: str = "unstructured",
+    family: str | None = None,
+    calibration: str | None = None,
+    calibration_samples: int | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    skip_broken: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Calibrate once and write the masks of every ratio; the first stage of `compress`, same arguments.
+
+    Args:
+        model: see `compress`.
+        output: see `compress`.
+        ratios: see `compress`.
+        method: see `compress`.
+        pattern: see `compress`.
+        family: see `compress`.
+        calibration: see `compress`.
+        calibration_samples: see `compress`.
+        batch_size: see `compress`.
+        image_size: see `compress`.
+        device: see `compress`.
+        threads: see `compress`.
+        seed: see `compress`.
+        skip_broken: see `compress`.
+        resume: see `compress`.
+
+    Returns:
+        dict[str, Any]: report.json.
+    """
+    recipe = _recipe(
+        model, ratios, method, pattern, family, calibration, calibration_samples, None, None, image_size, device,
+        threads, seed, skip_broken, needs_data=False,
+    )  # fmt: skip
+    recipe |= {
+        "finetune": _finetune_recipe("none", None, None, None),
+        "batch_size": batch_size,
+        "export": None,
+        "providers": ["cpu"],
+        "bench_batches": [1, 8],
+        "samples": None,
+    }
+    _set_up(recipe)
+    stages = Stages(Run.start(Path(output), recipe, resume))
+    stages.settle()
+    stages.prune()
+    return stages.report()
+
+
+def finetune(
+    run: Path | str,
+    *,
+    finetune: str = "full",
+    data: dict[str, str] | None = None,
+    tasks: list[str] | None = None,
+    max_steps: int | None = None,
+    epochs: int | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    skip_broken: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Fine-tune the dense and the pruned models of a run per task, and score all variants in PyTorch.
+
+    Args:
+        run: run directory with masks.
+        finetune: see `compress`.
+        data: added to the run's data.
+        tasks: see `compress`.
+        max_steps: see `compress`.
+        epochs: see `compress`.
+        lr: see `compress`.
+        batch_size: see `compress`.
+        device: see `compress`.
+        threads: see `compress`.
+        seed: see `compress`.
+        skip_broken: see `compress`.
+        resume: see `compress`.
+
+    Returns:
+        dict[str, Any]: report.json.
+    """
+    changes = {"finetune": _finetune_recipe(finetune, max_steps, epochs, lr), "batch_size": batch_size}
+    changes |= {"device": device, "threads": threads, "skip_broken": skip_broken}
+    stages = _reopen(run, data, tasks, resume, changes)
+    _train_and_score(stages)
+    return stages.report()
+
+
+def export(
+    run: Path | str,
+    *,
+    data: dict[str, str] | None = None,
+    tasks: list[str] | None = None,
+    threads: int | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Write the ONNX graphs of a run's fine-tuned variants (of all where none is), each compared with PyTorch.
+
+    Args:
+        run: run directory.
+        data: added to the run's data; real inputs for the comparison.
+        tasks: see `compress`.
+        threads: see `compress`.
+        resume: see `compress`.
+
+    Returns:
+        dict[str, Any]: report.json.
+    """
+    stages = _reopen(run, data, tasks, resume, {"threads": threads, "export": "onnx"})
+    _export(stages)
+    return stages.report()
+
+
+def validate(
+    run: Path | str,
+    *,
+    data: dict[str, str] | None = None,
+    tasks: list[str] | None = None,
+    providers: list[str] | None = None,
+    bench_batches: list[int] | None = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    threads: int | None = None,
+    skip_broken: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Score and time the exported graphs of a run in ONNX Runtime.
+
+    Args:
+        run: run directory with ONNX graphs.
+        data: added to the run's data.
+        tasks: see `compress`.
+        providers: see `compress`.
+        bench_batches: see `compress`.
+        samples: see `compress`.
+        batch_size: see `compress`.
+        threads: see `compress`.
+        skip_broken: see `compress`.
+        resume: see `compress`.
+
+    Returns:
+        dict[str, Any]: report.json.
+    """
+    for provider in providers or ["cpu"]:
+        check_provider(provider)
+    changes: dict[str, Any] = {"providers": providers or ["cpu"], "bench_batches": bench_batches or [1, 8]}
+    changes |= {"threads": threads, "skip_broken": skip_broken}
+    if samples is not None:
+        changes["samples"] = samples
+    stages = _reopen(run, data, tasks, resume, changes)
+    _validate(stages)
+    return stages.report()
+
+
+# --- the stages, in order ---------------------------------------------------------------------------------------------
+
+
+def _train_and_score(stages: Stages) -> None:
+    if stages.model.source.random_weights:
+        return  # nothing was learned, so there is nothing to recover and no accuracy to show
+    for task in stages.tasks:
+        for variant in stages.variants():
+            if variant.finetuned:
+                stages.finetune(variant, task)
+            stages.score(variant, task)
+
+
+def _export(stages: Stages) -> None:
+    for task in stages.tasks:
+        for variant in stages.shipped():
+            stages.export(variant, task)
+
+
+def _validate(stages: Stages) -> None:
+    for provider in stages.recipe["providers"]:
+        for task in stages.tasks:
+            for variant in stages.shipped():
+                if not stages.model.source.random_weights:
+                    stages.validate(variant, task, provider)
+                if variant.ratio is not None:
+                    stages.bench(variant, task, provider)
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def _recipe(
+    model: str,
+    ratios: list[float],
+    method: str,
+    pattern: str,
+    family: str | None,
+    calibration: str | None,
+    calibration_samples: int | None,
+    data: dict[str, str] | None,
+    tasks: list[str] | None,
+    image_size: int | None,
+    device: str,
+    threads: int | None,
+    seed: int,
+    skip_broken: bool,
+    needs_data: bool = True,
+) -> dict[str, Any]:
+    """Resolve and check what every run starts from, before anything heavy happens."""
+    for ratio in ratios:
+        checked_ratio(ratio)
+        Pattern.parse(pattern).check_ratio(ratio)
+    info = MODELS.get(model)
+    data = dict(data or {})
+    for task in (*data, *(tasks or [])):
+        names.check("task", task, names.TASKS)
+    if info and info.kind == "embedded":
+        calibration = calibration or "scenes"
+        data = dict.fromkeys(tasks or info.tasks, "scenes") | data
+    drawn = info is not None and info.kind in ("embedded", "random")
+    if "scenes" in (calibration, *data.values()) and not drawn:
+        raise RequestError(f"the embedded scenes are no data for {model}: give photographs with captions or questions")
+    if get_method(method).needs and not calibration:
+        raise RequestError(f"{model} needs --calibration for {method}: {CAPTION_SOURCES}")
+    if needs_data and not data:
+        raise RequestError(
+            f"{model} needs --data TASK=PATH: for retrieval and captioning {CAPTION_SOURCES}; for vqa {VQA_SOURCES}"
+        )
+    if missing := [task for task in tasks or [] if needs_data and task not in data]:
+        accepted = VQA_SOURCES if missing[0] == "vqa" else CAPTION_SOURCES
+        raise RequestError(f"--tasks names {missing[0]} but there is no --data {missing[0]}=PATH: give {accepted}")
+    return {
+        "model": model,
+        "family": family,
+        "method": method,
+        "ratios": [float(ratio) for ratio in ratios],
+        "pattern": pattern,
+        "calibration": calibration,
+        "calibration_samples": calibration_samples or CALIBRATION_IMAGES,
+        "data": data,
+        "tasks": tasks,
+        "image_size": image_size,
+        "device": device,
+        "threads": threads,
+        "seed": seed,
+        "skip_broken": skip_broken,
+    }
+
+
+def _finetune_recipe(mode: str, max_steps: int | None, epochs: int | None, lr: float | None) -> dict[str, Any]:
+    return {"mode": mode, "max_steps": max_steps, "epochs": epochs, "lr": lr}
+
+
+def _set_up(recipe: dict[str, Any]) -> None:
+    """Refuse a device that is not there; set threads."""
+    import torch
+
+    if recipe["device"] == "cuda" and not torch.cuda.is_available():
+        raise MachineError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build")
+    if recipe["threads"]:
+        torch.set_num_threads(recipe["threads"])
+
+
+def _reopen(
+    folder: Path | str,
+    data: dict[str, str] | None,
+    tasks: list[str] | None,
+    resume: bool,
+    changes: dict[str, Any],
+) -> Stages:
+    """Open a run for one of its later stages; what the verb was told becomes part of its recipe."""
+    run = Run.open(Path(folder), resume)
+    run.recipe.update({key: value for key, value in changes.items() if value is not None or key not in run.recipe})
+    run.recipe["data"] = run.recipe["data"] | (data or {})
+    run.recipe["tasks"] = tasks or run.recipe["tasks"]
+    if not run.recipe["data"]:
+        raise RequestError(
+            f"{folder} was pruned without data: give --data TASK=PATH; "
+            f"for retrieval and captioning {CAPTION_SOURCES}; for vqa {VQA_SOURCES}"
+        )
+    _set_up(run.recipe)
+    stages = Stages(run)
+    stages.settle()
+    run.write_recipe()
+    return stages

@@ -1,0 +1,233 @@
+"""The run directory: recipe, stage records, report; what makes a run resumable and repeatable.
+
+Every stage leaves `stages/<name>.json`: the rows it adds to the report, what it cost, and a key, the hash of all that
+decides its result (options, input stages). A stage whose record has the same key need not run again; a record whose
+input stage has changed since is stale and never reaches the report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlprune import __version__
+from vlprune.errors import MachineError, RequestError, VlpruneError
+from vlprune.files import atomic_path, disk_errors, read_json, write_json
+from vlprune.report.environment import environment
+from vlprune.report.manifest import MANIFEST, write_manifest
+from vlprune.report.markdown import render_markdown
+from vlprune.report.schema import SCHEMA_VERSION, validate_report
+
+
+ROWS = ("variants", "metrics", "graphs", "throughput")
+KINDS = ("statistics", "prune", "finetune", "score", "export", "validate", "bench")  # order of the report
+OWN = ("stages", "masks", "checkpoints", "onnx", "training", "statistics.safetensors", "report.json", "report.md")
+
+
+class Run:
+    """One run directory.
+
+    Args:
+        folder: it exists.
+        recipe: the fully resolved options.
+        resume: take over finished stages with the same key.
+    """
+
+    def __init__(self, folder: Path, recipe: dict[str, Any], resume: bool) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.resume = resume
+        self._keys: dict[str, str] = {}
+
+    @classmethod
+    def start(cls, folder: Path, recipe: dict[str, Any], resume: bool) -> Run:
+        """Begin a run, or take one up again.
+
+        Args:
+            folder: to be made; one that holds a run is emptied unless `resume`.
+            recipe: the fully resolved options.
+            resume: keep finished stages.
+
+        Returns:
+            Run: with `recipe.yaml` written.
+
+        Raises:
+            RequestError: the folder holds something that is no run.
+        """
+        folder = Path(folder)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
+            raise RequestError(f"{folder} is not empty and no run directory: choose another --output")
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                for name in (*OWN, MANIFEST):
+                    path = folder / name
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        run = cls(folder, recipe, resume)
+        run.write_recipe()
+        return run
+
+    @classmethod
+    def open(cls, folder: Path, resume: bool) -> Run:
+        """Open an existing run.
+
+        Args:
+            folder: a run directory.
+            resume: take over finished stages of this verb, too.
+
+        Returns:
+            Run: with its recipe.
+
+        Raises:
+            RequestError: it has no readable recipe.
+        """
+        path = Path(folder) / "recipe.yaml"
+        try:
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path} cannot be read: is {folder} a run directory?") from error
+        if not isinstance(recipe, dict) or not {"model", "method", "ratios", "seed"} <= recipe.keys():
+            raise RequestError(f"{path} is no recipe of vlprune: is {folder} a run directory?")
+        return cls(Path(folder), recipe, resume)
+
+    def write_recipe(self) -> None:
+        """Write `recipe.yaml`."""
+        with atomic_path(self.folder / "recipe.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def stage(
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        work: Callable[[], Mapping[str, Any]],
+        needs: tuple[str, ...] = (),
+        reuse: bool | None = None,
+    ) -> dict[str, Any]:
+        """Run one stage, unless its result is there.
+
+        Args:
+            name: `kind/variant/task...`; its first part is one of `KINDS`.
+            key: the options that decide the result.
+            work: does it, leaves its files complete, returns rows for the report.
+            needs: names of stages whose results this one reads; they ran before, in this process or an earlier one.
+            reuse: take an existing result with the same key; None = as `resume` says.
+
+        Returns:
+            dict[str, Any]: the rows.
+
+        Raises:
+            MachineError: the disk is full.
+        """
+        inputs = {other: self._key(other) for other in needs}
+        text = json.dumps({"key": key, "needs": inputs, "version": __version__}, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        path = self.folder / "stages" / f"{name}.json"
+        if (self.resume if reuse is None else reuse) and path.is_file():
+            record = read_json(path)
+            if isinstance(record, dict) and record.get("key") == digest:
+                self._keys[name] = digest
+                return dict(record["rows"])
+        path.unlink(missing_ok=True)
+        _reset_peaks()
+        start = time.perf_counter()
+        try:
+            rows = dict(work())
+        except VlpruneError:
+            raise
+        except Exception as error:
+            # Libraries report a full disk in their own words.
+            if shutil.disk_usage(self.folder).free < 1 << 20:
+                message = f"no space left on the disk of {self.folder}: free some, or choose another --output"
+                raise MachineError(message) from error
+            raise
+        stage = {"name": name, "seconds": round(time.perf_counter() - start, 3), **_peaks()}
+        write_json(path, {"name": name, "key": digest, "needs": inputs, "stage": stage, "rows": rows})
+        self._keys[name] = digest
+        return rows
+
+    def _key(self, name: str) -> str:
+        """The key of a stage that ran before."""
+        if name not in self._keys:
+            path = self.folder / "stages" / f"{name}.json"
+            if not path.is_file():
+                raise RequestError(f"{self.folder} lacks the result of {name}: run that stage first")
+            self._keys[name] = str(read_json(path)["key"])
+        return self._keys[name]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Read the stage records that are not stale, in the order of the report.
+
+        Returns:
+            list[dict[str, Any]]: one per finished stage.
+        """
+        found = {}
+        for path in sorted((self.folder / "stages").rglob("*.json")):
+            record = read_json(path)
+            found[record["name"]] = record
+
+        def fresh(record: dict[str, Any]) -> bool:
+            inputs = record["needs"].items()
+            return all(n in found and found[n]["key"] == key and fresh(found[n]) for n, key in inputs)
+
+        def place(record: dict[str, Any]) -> tuple[int, str]:
+            return KINDS.index(record["name"].split("/")[0]), record["name"]
+
+        return sorted(filter(fresh, found.values()), key=place)
+
+    def report(self, model: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
+        """Put the report together and write report.json, report.md and manifest.json.
+
+        Args:
+            model: the report's "model".
+            threads: CPU threads given, None = all.
+
+        Returns:
+            dict[str, Any]: the report.
+        """
+        records = self.records()
+        report: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "model": dict(model), "seed": self.recipe["seed"]}
+        for kind in ROWS:
+            rows = [row for record in records for row in record["rows"].get(kind, [])]
+            if kind == "variants":
+                rows = list({row["id"]: row for row in rows}.values())
+            report[kind] = rows
+        report["stages"] = [record["stage"] for record in records]
+        report["environment"] = environment(threads)
+        checked = validate_report(report)
+        write_json(self.folder / "report.json", checked)
+        with atomic_path(self.folder / "report.md") as temporary:
+            temporary.write_text(render_markdown(checked), encoding="utf-8")
+        write_manifest(self.folder, self.recipe["seed"])
+        return report
+
+
+def _reset_peaks() -> None:
+    """Start measuring peak memory anew, where the system lets us."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peaks() -> dict[str, int | None]:
+    """Peak resident and CUDA memory in bytes since the last reset."""
+    import torch
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                peak = int(line.split()[1]) * 1024
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"peak_rss_bytes": peak, "peak_cuda_bytes": cuda}

@@ -1,0 +1,423 @@
+"""The stages of a compression, each reading and writing the run directory.
+
+    statistics -> prune -> finetune -> score (PyTorch) -> export -> validate (ONNX Runtime) -> bench
+
+A stage's result depends on the recipe and on the stages it needs, nothing else; `Run.stage` decides whether it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlprune import exporters
+from vlprune.data import CaptionData, VqaData, check_images, open_calibration, open_data
+from vlprune.errors import RequestError
+from vlprune.files import atomic_path, read_json
+from vlprune.models import load, loading
+from vlprune.models.blip import Blip
+from vlprune.models.family import apply_masks, fingerprint, masks_for
+from vlprune.progress import track
+from vlprune.pruning import Layer, Pruned, get_method, prune_layers_at
+from vlprune.pruning.masks import load_masks, save_masks, sparsity_summary
+from vlprune.pruning.statistics import InputNorms, load_statistics, save_statistics
+from vlprune.run import Run
+from vlprune.runtime.session import load_graphs
+from vlprune.runtime.timing import compare
+from vlprune.tasks import evaluate
+from vlprune.training.finetune import finetune
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model of a run.
+
+    Attributes:
+        id: "dense", "dense-finetuned", "multiflow-0.9", ...
+        ratio: fraction removed, None when dense.
+        finetuned: trained per task.
+    """
+
+    id: str
+    ratio: float | None
+    finetuned: bool
+
+    @property
+    def base(self) -> str:
+        """Id before fine-tuning."""
+        return self.id.removesuffix("-finetuned")
+
+
+class Stages:
+    """The stages of one run, with what they share: the model, the data.
+
+    Args:
+        run: the run directory; its recipe has every option.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.recipe = run.recipe
+        self._data: dict[tuple[str, str], CaptionData | VqaData] = {}
+
+    # --- what stages share -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where PyTorch computes."""
+        chosen = self.recipe["device"]
+        return torch.device("cuda" if chosen == "auto" and torch.cuda.is_available() else chosen.replace("auto", "cpu"))
+
+    @cached_property
+    def model(self) -> Blip:
+        """The model as given, on the CPU."""
+        recipe = self.recipe
+        return load(recipe["model"], family=recipe["family"], image_size=recipe["image_size"], seed=recipe["seed"])
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The tasks of the run: those asked for, else those with data, else all the model offers."""
+        asked = self.recipe["tasks"] or list(self.recipe["data"]) or list(self.model.tasks)
+        for task in asked:
+            self.model.for_task(task) if task not in self.model.tasks else None  # raises the explanation
+        return [task for task in self.model.tasks if task in asked]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the prunable weights as given."""
+        return fingerprint(self.model.layers())
+
+    def settle(self) -> None:
+        """Find what is wrong with the request before any work: the model, its tasks, their data."""
+        for task in self.tasks:
+            if task in self.recipe["data"]:
+                for split in ("train", "test"):
+                    self.data(task, split)
+
+    def variants(self) -> list[Variant]:
+        """List the variants of the run: dense first, each ratio before and after fine-tuning."""
+        found = []
+        tunes = self.recipe["finetune"]["mode"] != "none"
+        for base, ratio in [("dense", None), *((self.variant_id(r), r) for r in self.recipe["ratios"])]:
+            found.append(Variant(base, ratio, False))
+            if tunes:
+                found.append(Variant(f"{base}-finetuned", ratio, True))
+        return found
+
+    @property
+    def dense(self) -> Variant:
+        """The dense variant that exported graphs are held against."""
+        return self.shipped()[0]
+
+    def shipped(self) -> list[Variant]:
+        """The variants that are exported: the fine-tuned ones, or all when nothing is fine-tuned; dense first."""
+        variants = self.variants()
+        return [v for v in variants if v.finetuned] or variants
+
+    def variant_id(self, ratio: float) -> str:
+        """Name a pruned variant; patterns are spelled so that the name can be a folder."""
+        pattern = self.recipe["pattern"]
+        suffix = "" if pattern == "unstructured" else "-" + pattern.replace(":", "of")
+        return f"{self.recipe['method']}-{ratio:g}{suffix}"
+
+    def data(self, task: str, split: str) -> CaptionData | VqaData:
+        """Open the data of a task once; the test split is limited to `samples`."""
+        kind = "captioning" if task == "retrieval" else task
+        source = self.recipe["data"][task]
+        key = (f"{kind} {source}", split)
+        if key not in self._data:
+            limit = self.recipe["samples"] if split == "test" else None
+            skip = self.recipe["skip_broken"]
+            self._data[key] = check_images(open_data(task, source, split, skip, limit), skip)
+        return self._data[key]
+
+    def pruned(self, ratio: float) -> Pruned:
+        """Load the masks of a ratio."""
+        path = self.run.folder / "masks" / f"{self.variant_id(ratio)}.safetensors"
+        shapes = {layer.name: tuple(layer.weight.shape) for layer in self.model.layers()}
+        loaded, metadata = load_masks(path, shapes)
+        if metadata["model"] != self.fingerprint:
+            raise RequestError(f"{path} was made for other weights than {self.recipe['model']}: prune again")
+        return loaded
+
+    def build(self, variant: Variant, task: str | None = None) -> Blip:
+        """Make the model of a variant, on the CPU.
+
+        Args:
+            variant: which one.
+            task: only what this task needs; None = all parts (not for fine-tuned variants, which exist per task).
+        """
+        if variant.finetuned and task is not None:
+            folder = self.run.folder / "checkpoints" / variant.id / task
+            return loading.load_folder(folder, variant.id, None)
+        model = copy.deepcopy(self.model)
+        if variant.ratio is not None:
+            pruned = self.pruned(variant.ratio)
+            apply_masks(model.layers(), pruned.masks, pruned.weights)
+        return model if task is None else model.for_task(task)
+
+    def _key(self, *names: str) -> dict[str, Any]:
+        """The options of the recipe that a stage depends on."""
+        return {name: self.recipe[name] for name in names}
+
+    @property
+    def _model_key(self) -> dict[str, Any]:
+        return {**self._key("model", "family", "image_size", "seed"), "weights": self.fingerprint}
+
+    # --- statistics and masks --------------------------------------------------------------------------------------
+
+    @cached_property
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Collect the input norms of every layer in one pass, or read them; {} for methods that need none."""
+        if not get_method(self.recipe["method"]).needs:
+            return {}
+        path = self.run.folder / "statistics.safetensors"
+        key = {**self._model_key, **self._key("calibration", "calibration_samples", "device")}
+        reuse = self.run.resume and path.is_file()
+        self.run.stage("statistics", key, partial(self._collect, path), reuse=reuse)
+        widths = {layer.name: layer.weight.shape[1] for layer in self.model.layers()}
+        return load_statistics(path, widths)[0]
+
+    def _collect(self, path: Path) -> dict[str, Any]:
+        recipe = self.recipe
+        data = open_calibration(recipe["calibration"], recipe["skip_broken"], recipe["calibration_samples"])
+        data = check_images(data, recipe["skip_broken"])
+        model = self.model.to(self.device).eval()
+        norms = InputNorms({layer.name: (layer.modules, layer.tokens) for layer in model.layers()})
+        size = 32
+        with norms.collect():
+            for start in track(range(0, len(data.captions), size), "Calibrating"):
+                rows = range(start, min(start + size, len(data.captions)))
+                captions = [data.captions[i][0] for i in rows]
+                model.calibrate(model.caption_batch([data.images[i] for i in rows], captions, rows), norms.valid)
+        found = norms.result()
+        self.model.to("cpu")
+        metadata = {"model": self.fingerprint, "dataset": data.name, "images": len(data.captions)}
+        save_statistics(path, found, metadata)
+        return {}
+
+    def prune(self) -> None:
+        """Write the masks of every ratio: statistics and scores are shared."""
+        recipe = self.recipe
+        needs = ("statistics",) if self.statistics else ()
+        key = {**self._model_key, **self._key("method", "pattern", "ratios")}
+        files = [self.run.folder / "masks" / f"{self.variant_id(r)}.safetensors" for r in recipe["ratios"]]
+        reuse = self.run.resume and all(file.is_file() for file in files)
+        self.run.stage(f"prune/{recipe['method']}", key, self._prune, needs, reuse)
+
+    def _prune(self) -> dict[str, Any]:
+        recipe, model = self.recipe, self.model
+        norms = self.statistics
+        found = model.layers()
+        modality = {layer.name: layer.modality for layer in found}
+        layers = []
+        for layer in found:
+            norm = norms[layer.name].to(self.device) if norms else None
+            layers.append(Layer(layer.name, layer.modality, layer.weight.detach().to(self.device), norm))
+        zeros = {f.name: f.weight != 0 for f in found}
+        parameters = sum(p.numel() for p in model.parameters())
+        rows = [_variant_row(Variant("dense", None, False), None, None, sparsity_summary(zeros, modality), parameters)]
+        del zeros
+        results = prune_layers_at(layers, recipe["method"], recipe["ratios"], recipe["pattern"], recipe["seed"])
+        for ratio, pruned in track(results, "Pruning", len(recipe["ratios"])):
+            variant = Variant(self.variant_id(ratio), ratio, False)
+            summary = sparsity_summary(pruned.masks, modality)
+            metadata = {
+                **self._key("method", "pattern", "seed"),
+                "ratio": ratio,
+                "model": self.fingerprint,
+                "modality": modality,
+                "sparsity": {k: summary[k] for k in ("achieved", "per_modality")},
+            }
+            save_masks(self.run.folder / "masks" / f"{variant.id}.safetensors", pruned, metadata)
+            rows.append(_variant_row(variant, recipe["method"], recipe["pattern"], summary, parameters))
+        return {"variants": rows}
+
+    @property
+    def _pruned(self) -> tuple[str, ...]:
+        return (f"prune/{self.recipe['method']}",)
+
+    # --- fine-tuning -----------------------------------------------------------------------------------------------
+
+    def finetune(self, variant: Variant, task: str) -> None:
+        """Train one variant for one task, masked weights locked at zero."""
+        folder = self.run.folder / "checkpoints" / variant.id / task
+        key = {
+            **self._model_key,
+            **self._key("finetune", "batch_size"),
+            "data": self.recipe["data"][task],
+            "dense": variant.ratio is None,
+        }
+        reuse = self.run.resume and (folder / "model.safetensors").is_file()
+        work = partial(self._finetune, variant, task, folder)
+        self.run.stage(f"finetune/{variant.id}/{task}", key, work, self._pruned, reuse)
+
+    def _finetune(self, variant: Variant, task: str, folder: Path) -> dict[str, Any]:
+        model = self.build(Variant(variant.base, variant.ratio, False), task)
+        masks = {}
+        if variant.ratio is not None:
+            masks = masks_for(model.layers(), self.model.layers(), self.pruned(variant.ratio).masks)
+        state = self.run.folder / "training" / variant.id / task
+        data = self.data(task, "train")
+        finetune(model, task, data, masks, self.finetune_options(task), state_dir=state, label=f"{variant.id} {task}")
+        row = self._finetuned_row(variant, model, masks)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            model.to("cpu").save(temporary)
+        shutil.rmtree(state, ignore_errors=True)
+        return {"variants": [row]}
+
+    def _finetuned_row(self, variant: Variant, model: Blip, masks: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The row of a fine-tuned variant is that of its base: training changes no mask, which is checked here."""
+        for layer in model.layers():
+            if layer.name in masks and bool(layer.weight.detach().cpu()[~masks[layer.name].cpu()].any()):
+                raise AssertionError(f"fine-tuning revived pruned weights of {layer.name}")
+        rows = read_json(self.run.folder / "stages" / f"{self._pruned[0]}.json")["rows"]["variants"]
+        base = next(row for row in rows if row["id"] == variant.base)
+        return {**base, "id": variant.id, "finetuned": True}
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def _made_by(self, variant: Variant, task: str) -> tuple[str, ...]:
+        return (f"finetune/{variant.id}/{task}",) if variant.finetuned else self._pruned
+
+    def _test_key(self, task: str) -> dict[str, Any]:
+        return {**self._model_key, **self._key("samples", "skip_broken"), "data": self.recipe["data"][task]}
+
+    def spec(self, model: Blip, task: str) -> dict[str, Any]:
+        """Make task.json."""
+        options = dict(self.model.options.get(task, {}))
+        if task == "vqa":
+            options["answers"] = self.data(task, "test").answer_list or self.data(task, "train").answer_list
+        return exporters.task_spec(model, task, **options)
+
+    def score(self, variant: Variant, task: str) -> None:
+        """Compute the task's metrics in PyTorch."""
+        work = partial(self._score, variant, task)
+        self.run.stage(f"score/{variant.id}/{task}", self._test_key(task), work, self._made_by(variant, task))
+
+    def _score(self, variant: Variant, task: str) -> dict[str, Any]:
+        model = self.build(variant, task).to(self.device)
+        graphs = exporters.torch_graphs(model, task)
+        where = {"runtime": "pytorch", "provider": self.device.type}
+        return {"metrics": [self._metrics(variant, task, graphs, self.spec(model, task), where)]}
+
+    def _metrics(
+        self, variant: Variant, task: str, graphs: Any, spec: dict[str, Any], where: dict[str, str]
+    ) -> dict[str, Any]:
+        data = self.data(task, "test")
+        scores = evaluate(task, graphs, spec, self.model.processor, data, seed=self.recipe["seed"])
+        row = {
+            "variant": variant.id,
+            "task": task,
+            "dataset": data.name,
+            "n": scores.n,
+            **where,
+            "precision": "fp32",
+            "packed": False,
+            "values": scores.values,
+            "ci95": {name: list(bounds) for name, bounds in scores.ci95.items()},
+        }
+        return {**row, "skipped": data.skipped} if data.skipped else row
+
+    # --- ONNX ------------------------------------------------------------------------------------------------------
+
+    def export(self, variant: Variant, task: str) -> None:
+        """Write the ONNX graphs of a task and compare each with PyTorch."""
+        folder = self.run.folder / "onnx" / variant.id / task
+        needs = self._made_by(variant, task)
+        if variant.ratio is not None:  # its sizes are held against the dense graphs'
+            needs = (*needs, f"export/{self.dense.id}/{task}")
+        reuse = self.run.resume and (folder / "task.json").is_file()
+        work = partial(self._export, variant, task, folder)
+        self.run.stage(f"export/{variant.id}/{task}", self._test_key(task), work, needs, reuse)
+
+    def _export(self, variant: Variant, task: str, folder: Path) -> dict[str, Any]:
+        model = self.build(variant, task)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            data = self.data(task, "test")
+            rows = exporters.export(model, task, self.spec(model, task), temporary, data, variant=variant.id)
+        dense = self.run.folder / "onnx" / self.dense.id / task
+        for row in rows:
+            file = f"onnx/{variant.id}/{task}/{row['file']}"
+            dense_bytes = row["bytes"] if variant.ratio is None else (dense / row["file"]).stat().st_size
+            row |= {"variant": variant.id, "task": task, "precision": "fp32", "packed": False}
+            row |= {"file": file, "dense_bytes": dense_bytes}
+        return {"graphs": rows}
+
+    def validate(self, variant: Variant, task: str, provider: str) -> None:
+        """Compute the task's metrics in ONNX Runtime on the exported graphs."""
+        name = f"validate/{variant.id}/{task}/{provider}"
+        work = partial(self._validate, variant, task, provider)
+        self.run.stage(name, self._test_key(task), work, (f"export/{variant.id}/{task}",))
+
+    def _validate(self, variant: Variant, task: str, provider: str) -> dict[str, Any]:
+        folder = self.run.folder / "onnx" / variant.id / task
+        graphs = load_graphs(folder, provider, self.recipe["threads"])
+        where = {"runtime": "onnxruntime", "provider": provider}
+        return {"metrics": [self._metrics(variant, task, graphs, read_json(folder / "task.json"), where)]}
+
+    def bench(self, variant: Variant, task: str, provider: str) -> None:
+        """Time every graph of a pruned variant against the dense one's."""
+        dense = self.dense
+        name = f"bench/{variant.id}/{task}/{provider}"
+        work = partial(self._bench, variant, dense, task, provider)
+        needs = tuple(f"export/{v.id}/{task}" for v in (dense, variant))
+        self.run.stage(name, self._key("bench_batches", "threads"), work, needs)
+
+    def _bench(self, variant: Variant, dense: Variant, task: str, provider: str) -> dict[str, Any]:
+        folders = [self.run.folder / "onnx" / v.id / task for v in (dense, variant)]
+        graphs = sorted(path.stem for path in folders[1].glob("*.onnx"))
+        cases = [(graph, batch) for graph in graphs for batch in self.recipe["bench_batches"]]
+        rows = []
+        for graph, batch in track(cases, f"Timing {variant.id} {task}"):
+            timed = compare(
+                folders[0] / f"{graph}.onnx",
+                folders[1] / f"{graph}.onnx",
+                spec=read_json(folders[1] / "task.json"),
+                batch=batch,
+                provider=provider,
+                threads=self.recipe["threads"],
+                seed=self.recipe["seed"],
+            )
+            row = {"variant": variant.id, "task": task, "graph": graph, "provider": provider}
+            rows.append({**row, "precision": "fp32", "packed": False, "batch": batch, **timed})
+        return {"throughput": rows}
+
+    # --- report ----------------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """Write report.json, report.md and manifest.json."""
+        model, source = self.model, self.model.source
+        layers = model.layers()
+        checkpoint = source.checkpoint + (f" (SHA-256 {source.sha256})" if source.sha256 else "")
+        described = {
+            "name": self.recipe["model"],
+            "family": model.family,
+            "checkpoint": checkpoint,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "prunable_parameters": sum(layer.weight.numel() for layer in layers),
+            "random_weights": source.random_weights,
+        }
+        return self.run.report(described, self.recipe["threads"])
+
+
+def _variant_row(
+    variant: Variant, method: str | None, pattern: str | None, sparsity: dict[str, Any], parameters: int
+) -> dict[str, Any]:
+    return {
+        "id": variant.id,
+        "method": method,
+        "ratio": variant.ratio,
+        "pattern": pattern,
+        "finetuned": variant.finetuned,
+        "sparsity": sparsity,
+        "parameters": parameters,
+    }
