@@ -203,7 +203,8 @@ def wordpiece_tokenizer(texts: Sequence[str], size: int) -> BertTokenizerFast:
 
     Args:
         texts: the texts to learn from, lower-cased on the way.
-        size: at most this many tokens, the six special ones included; at least one per character is kept.
+        size: at most this many tokens, the special ones included ([MASK] is one more); at least two per
+            character are kept.
 
     Returns:
         BertTokenizerFast: the tokenizer, the same for the same texts.
@@ -213,7 +214,14 @@ def wordpiece_tokenizer(texts: Sequence[str], size: int) -> BertTokenizerFast:
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.BertNormalizer()
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=size - len(SPECIAL), show_progress=False)
+    characters = sorted({c for text in texts for c in learner.normalizer.normalize_str(text) if not c.isspace()})
+    # The trainer numbers characters inside words in the order of a hash map, and breaks ties by number: give it ours.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size - len(SPECIAL) - 1,
+        show_progress=False,
+        initial_alphabet=characters,
+        special_tokens=["##" + character for character in characters],
+    )
     learner.train_from_iterator(texts, trainer)
     vocabulary = learner.get_vocab()
     return word_tokenizer(sorted(vocabulary, key=vocabulary.__getitem__))
