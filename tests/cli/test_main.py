@@ -1,4 +1,6 @@
 import errno
+import importlib
+import inspect
 import json
 import os
 import signal
@@ -270,3 +272,19 @@ def test_completion_offers_options_and_values() -> None:
     assert complete("vlprune compress --meth") == ["--method"]
     assert complete("vlprune compress --method lo") == ["local-magnitude"]
     assert complete("vlprune compress --ratio 7 --finetune h") == ["heads"]
+
+
+def test_every_verb_fits_the_library(pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the verbs pass is exactly what the functions of vlprune.pipeline take."""
+    (tmp_path / "recipe.yaml").write_text("seed: 0\n")
+    run = str(tmp_path)
+    for verb in ("compress", "prune"):
+        assert main([verb, "a/b", "--output", run, "--json"]) == 0
+    for verb in ("finetune", "export", "validate", "inspect"):
+        assert main([verb, run, "--json"]) == 0
+    monkeypatch.delitem(sys.modules, "vlprune.pipeline")
+    real = importlib.import_module("vlprune.pipeline")
+    for name, arguments, options in pipeline.calls:
+        signature = inspect.signature(getattr(real, name))
+        signature.bind(*arguments, **options)
+        assert signature.parameters.keys() - options.keys() <= {"model", "run", "path"}, name
