@@ -147,14 +147,14 @@ def blip_graphs(model):
     return image_encoder, text_decoder
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("beams", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 5, 192])
 @pytest.mark.parametrize("lengths", [(0, 12), (5, 20), (9, 9)])
 def test_same_tokens_as_transformers(blip, beams, batch, lengths):
     import torch
 
     prompt = [30, 7, 8]
-    pixels = 2 * torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch + beams))
+    pixels = 3 * torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch + beams))
     expected = blip.generate(
         pixels,
         input_ids=torch.tensor([[*prompt, 3]]).repeat(batch, 1),
@@ -178,8 +178,9 @@ def test_same_tokens_as_transformers(blip, beams, batch, lengths):
         max_length=lengths[1],
     )
     assert found == [row[: row.index(3, 3) + 1] if 3 in row[3:] else row for row in expected]  # without padding
-    if batch == 5 and lengths[0] < lengths[1]:
-        assert len({tuple(row) for row in found}) > 1, "every caption is the same: the comparison shows nothing"
+    if batch == 192 and lengths[0] < lengths[1]:  # captions vary, and so do their lengths
+        assert len({tuple(row) for row in found}) > 20
+        assert len({len(row) for row in found}) > 5
 
 
 @pytest.mark.parametrize("seed", range(6))

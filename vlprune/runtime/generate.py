@@ -153,13 +153,9 @@ def beam_search(
         tokens = np.take_along_axis(candidates, onward[:, :, None], 1)
         parents = np.take_along_axis(parents, onward, 1) + np.arange(len(live))[:, None] * log_probs.shape[1]
 
-        hopes = (running[:, 0] / generated).tolist()
-        full = [len(finished[row]) == beams for row in live]
+        hopes = running[:, 0] / generated
         stays = np.array(
-            [
-                not full_row or (beams > 1 and hope > finished[row][-1][0])
-                for row, hope, full_row in zip(live, hopes, full, strict=True)
-            ]
+            [len(finished[row]) < beams or hope > finished[row][-1][0] for row, hope in zip(live, hopes, strict=True)]
         )
         if not stays.any():
             break
