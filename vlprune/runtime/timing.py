@@ -1,0 +1,322 @@
+"""Fair timing of a compressed graph against the dense one, both exported the same way.
+
+Two sessions on one machine disturb each other, and both are disturbed by whatever else runs. So:
+
+* rounds of two blocks, one per side, in the order A B, B A, A B ...: a drift of the clock speed hits both sides alike;
+* the first run of every block is thrown away: it finds the other side's data in the caches;
+* rounds during which other processes took cores away from this one are thrown away;
+* the 95 % interval of the ratio comes from resampling rounds, not runs: runs of one block are not independent.
+"""
+
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlprune.errors import RequestError
+from vlprune.runtime.generate import Arrays
+from vlprune.runtime.session import DTYPES, refusals, session
+
+
+MIN_ROUNDS = 10  # undisturbed ones needed for a verdict
+MAX_DISTURBANCE = 0.1  # cores taken away during a round
+RUNS_KEPT = 50  # per block; more runs of a tiny graph tell nothing new about it
+RESAMPLES = 2000
+PATCH = 16  # pixels per image token and side, where task.json does not count the tokens
+
+Watch = Callable[[], Callable[[], float]]  # starts to watch; the result tells the disturbance since
+
+
+def compare(
+    dense: Path | str,
+    compressed: Path | str,
+    *,
+    spec: Mapping[str, Any],
+    batch: int = 1,
+    provider: str = "cpu",
+    threads: int | None = None,
+    seconds: float = 5.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Time a compressed graph against the dense one on the same random inputs.
+
+    Args:
+        dense: ONNX file of the dense model.
+        compressed: ONNX file of the same graph of the compressed model.
+        spec: task.json.
+        batch: samples per run.
+        provider: "cpu", "cuda" or "tensorrt".
+        threads: CPU threads, None = as many as the process may use.
+        seconds: time to measure for; slow graphs take `MIN_ROUNDS` rounds, disturbed ones up to twice the time.
+        seed: of the inputs and the interval.
+
+    Returns:
+        dict[str, Any]: see `measure`.
+
+    Raises:
+        RequestError: a file is missing or broken, or has an input no task knows.
+        MachineError: the provider cannot be used here.
+    """  # noqa: DOC502
+    opened = [session(path, provider, threads) for path in (dense, compressed)]
+    with refusals(f"{compressed} cannot be timed against {dense}"):
+        runs = [_runner(graph, feeds_for(graph, spec, batch, seed=seed), provider) for graph in opened]
+        return measure(runs[0], runs[1], batch=batch, seconds=seconds, seed=seed)
+
+
+def measure(
+    dense: Callable[[], object],
+    compressed: Callable[[], object],
+    *,
+    batch: int = 1,
+    seconds: float = 5.0,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Time two functions against each other, see the top of this file.
+
+    Args:
+        dense: runs the dense graph once, to the end.
+        compressed: runs the compressed graph once, to the end.
+        batch: samples per run.
+        seconds: time to measure for.
+        seed: of the interval.
+        clock: seconds.
+        watch: starts watching for other processes; `watch_cpus` by default.
+
+    Returns:
+        dict[str, Any]: `dense` and `compressed` {p50_ms, p90_ms, p99_ms, per_s (samples per second at the median)};
+            `ratio` of the medians, dense / compressed, above 1 = compressed is faster; `ratio_ci95`; `verdict`
+            "faster", "slower" or "no measurable difference"; `rounds` the figures are from; `dropped` ones; and `note`
+            where too few undisturbed rounds were left for a verdict: the figures are then from all rounds.
+    """
+    watch = watch or watch_cpus
+    sides = (dense, compressed)
+    gc_was_on = gc.isenabled()
+    gc.disable()
+    try:
+        slowest = max(_warm_up(run, seconds / 10, clock) for run in sides)
+        runs = max(1, round(seconds / 50 / max(slowest, 1e-9)))  # per block: 25 rounds fit into the time
+        kept: list[list[list[float]]] = []  # per round, per side, per run: seconds
+        disturbed: list[list[list[float]]] = []
+        start = clock()
+        while True:
+            passed, total = clock() - start, len(kept) + len(disturbed)
+            if passed >= seconds and (len(kept) >= MIN_ROUNDS or (passed >= 2 * seconds and total >= MIN_ROUNDS)):
+                break
+            since = watch()
+            block: list[list[float]] = [[], []]
+            for side in (0, 1) if total % 2 == 0 else (1, 0):
+                block[side] = _block(sides[side], runs, clock)
+            (disturbed if since() > MAX_DISTURBANCE else kept).append(block)
+    finally:
+        if gc_was_on:
+            gc.enable()
+    return _row(kept, disturbed, batch, seed)
+
+
+def feeds_for(
+    graph: Any,  # onnxruntime.InferenceSession
+    spec: Mapping[str, Any],
+    batch: int,
+    length: int | None = None,
+    seed: int = 0,
+) -> Arrays:
+    """Make random inputs of the right names, types and shapes; they are valid, not meaningful.
+
+    Texts have no padding. A decoder gets its commonest call: one new token after `length` cached ones.
+
+    Args:
+        graph: open session of a task's graph.
+        spec: task.json.
+        batch: B.
+        length: T, None = the task's `max_length`.
+        seed: of the values.
+
+    Returns:
+        Arrays: one array per input.
+
+    Raises:
+        RequestError: the graph has an input that no task knows, a size nobody tells, or a fixed batch size.
+    """
+    try:
+        length = length or int(spec["max_length"])
+        size, task = int(spec["image_size"]), str(spec["task"])
+        states = int(spec.get("image_tokens") or (size // PATCH) ** 2 + 1)
+        tokens = [int(value) for key, value in spec.items() if key.endswith("_token_id")]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"task.json has no usable {error}: export the task again") from error
+    inputs = {value.name: value for value in graph.get_inputs()}
+    decoder = "past_key.0" in inputs
+    if task == "vqa" and decoder:  # the answer decoder reads the question's states, not the image's
+        states = length
+    text = 1 if decoder else length
+    cached = length if decoder else 0
+    # Dimensions by the graphs' contract; 0 = known to the graph alone.
+    contract = {
+        "pixel_values": [batch, 3, size, size],
+        "input_ids": [batch, text],
+        "attention_mask": [batch, cached + text],
+        "image_states": [batch, states, 0],
+        "cross_mask": [batch, states],
+        "cross_key": [batch, 0, states, 0],
+        "cross_value": [batch, 0, states, 0],
+        "past_key": [batch, 0, cached, 0],
+        "past_value": [batch, 0, cached, 0],
+    }
+    random = np.random.default_rng(seed)
+    feeds: Arrays = {}
+    for name, value in inputs.items():
+        wanted, dtype = contract.get(name.split(".")[0]), DTYPES.get(value.type)
+        if wanted is None or dtype is None or len(wanted) != len(value.shape):
+            raise RequestError(f"graph input {name} {value.shape} is of no task vlprune knows: it cannot be timed")
+        pairs = zip(value.shape, wanted, strict=True)
+        shape = [own if isinstance(own, int) else asked for own, asked in pairs]
+        if shape[0] != batch or 0 in shape:
+            raise RequestError(
+                f"graph input {name} {value.shape} does not fit batch size {batch}: export the task again"
+            )
+        if name.endswith("_mask"):
+            feeds[name] = np.ones(shape, dtype)
+        elif name == "input_ids":  # the vocabulary is larger than the special tokens' ids
+            feeds[name] = random.integers(0, max(tokens, default=0) + 1, shape).astype(dtype)
+        else:
+            feeds[name] = random.standard_normal(shape, np.float32).astype(dtype)
+    return feeds
+
+
+def watch_cpus() -> Callable[[], float]:
+    """Watch for other processes taking cores away from this one.
+
+    Two clues, and both must agree: the time this process's threads were ready to run but had no core (which counts
+    plain wake-up delays, too), and the time the cores this process may use were busy with something else (which counts
+    neighbours that harm nobody, too, and in ticks of 10 ms). Time that a hypervisor stole counts by itself.
+
+    Returns:
+        Callable[[], float]: the number of cores taken away since then, on average; 0 where /proc does not tell.
+    """
+    start, own, waited, cores = time.perf_counter(), time.process_time(), _waited(), _cores()
+
+    def share() -> float:
+        passed = max(time.perf_counter() - start, 1e-9)
+        here, clues, stolen = time.process_time() - own, [], 0.0
+        if later := _waited():
+            clues.append(sum(seconds - waited.get(thread, seconds) for thread, seconds in later.items()))
+        if (after := _cores()) and cores:
+            clues.append(max(0.0, after[0] - cores[0] - here))
+            stolen = after[1] - cores[1]
+        return (min(clues, default=0.0) + stolen) / passed
+
+    return share
+
+
+def _waited() -> dict[str, float]:
+    """Seconds that each thread of this process was ready to run without a core, since it began."""
+    found = {}
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):  # the thread has ended
+            ran, waited = path.read_text().split()[:2]
+            if int(ran):  # some kernels show nothing but zeros
+                found[path.parent.name] = int(waited) / 1e9
+    return found
+
+
+def _cores() -> tuple[float, float] | None:
+    """Seconds that the cores this process may use were busy, and stolen by a hypervisor, since the machine started."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+    except OSError:
+        return None
+    ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = [[int(field) for field in line.split()[1:9]] for line in lines if line.split(" ", 1)[0] in ours]
+    if not ticks or min(map(len, ticks)) < 8:
+        return None
+    user, nice, system, _, _, hardware, software, stolen = np.sum(ticks, axis=0) / os.sysconf("SC_CLK_TCK")
+    return float(user + nice + system + hardware + software), float(stolen)
+
+
+def _runner(graph: Any, feeds: Arrays, provider: str) -> Callable[[], None]:
+    """Bind inputs and outputs where the graph runs, so that no copy between host and device is timed."""
+    from onnxruntime import OrtValue
+
+    device = "cpu" if provider == "cpu" else "cuda"
+    binding = graph.io_binding()
+    for name, array in feeds.items():
+        binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array, device))
+    for output in graph.get_outputs():
+        binding.bind_output(output.name, device)
+    binding.synchronize_inputs()
+
+    def run() -> None:
+        graph.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return run
+
+
+def _warm_up(run: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
+    """Run until caches, memory pools and clock speeds have settled; seconds per run, without the first."""
+    run()
+    start, count = clock(), 0
+    while count == 0 or clock() - start < seconds:
+        run()
+        count += 1
+    return (clock() - start) / count
+
+
+def _block(run: Callable[[], object], runs: int, clock: Callable[[], float]) -> list[float]:
+    """Seconds of each run after a first one that does not count."""
+    run()
+    times = []
+    for _ in range(runs):
+        begin = clock()
+        run()
+        times.append(clock() - begin)
+    return times[:: -(-runs // RUNS_KEPT)]
+
+
+def _row(kept: list[list[list[float]]], disturbed: list[list[list[float]]], batch: int, seed: int) -> dict[str, Any]:
+    enough = len(kept) >= MIN_ROUNDS
+    rounds = np.array(kept if enough else kept + disturbed).swapaxes(0, 1)  # [2, rounds, runs]
+    medians = np.median(rounds.reshape(2, -1), axis=1)
+    low, high = _interval(rounds, seed)
+    verdict = "no measurable difference"
+    if enough and not low <= 1 <= high:
+        verdict = "faster" if low > 1 else "slower"
+    row = {
+        "dense": _summary(rounds[0], batch),
+        "compressed": _summary(rounds[1], batch),
+        "ratio": float(medians[0] / medians[1]),
+        "ratio_ci95": [low, high],
+        "verdict": verdict,
+        "rounds": rounds.shape[1],
+        "dropped": len(disturbed) if enough else 0,
+    }
+    if not enough:
+        row["note"] = (
+            f"other processes disturbed {len(disturbed)} of {len(kept) + len(disturbed)} rounds, too many for a verdict"
+        )
+    return row
+
+
+def _summary(times: np.ndarray, batch: int) -> dict[str, float]:
+    p50, p90, p99 = (float(value) for value in np.percentile(times, (50, 90, 99)))
+    return {"p50_ms": p50 * 1e3, "p90_ms": p90 * 1e3, "p99_ms": p99 * 1e3, "per_s": batch / p50}
+
+
+def _interval(rounds: np.ndarray, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap of the ratio of medians over rounds [2, rounds, runs], both sides of a round together."""
+    random = np.random.default_rng(seed)
+    number = rounds.shape[1]
+    ratios = np.empty(RESAMPLES)
+    for index in range(RESAMPLES):
+        chosen = rounds[:, random.integers(0, number, number)].reshape(2, -1)
+        dense, compressed = np.median(chosen, axis=1)
+        ratios[index] = dense / compressed
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return float(low), float(high)
