@@ -147,7 +147,7 @@ def load_original(path: Path, name: str, image_size: int | None) -> Blip:
     Raises:
         RequestError: the file is no such checkpoint.
     """
-    loaded = _torch_load(path)
+    loaded = torch_load(path)
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise RequestError(f"{path} is no original BLIP checkpoint: it must hold tensors under 'model'")
@@ -178,7 +178,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
             state.update(_safetensors(folder / file))
         return state, index
     if (folder / "pytorch_model.bin").is_file():
-        loaded = _torch_load(folder / "pytorch_model.bin")
+        loaded = torch_load(folder / "pytorch_model.bin")
         if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
             raise RequestError(f"{folder}/pytorch_model.bin must hold a dictionary of tensors")
         return loaded, folder / "pytorch_model.bin"
@@ -192,7 +192,18 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise RequestError(f"{path} is no intact safetensors file ({error}): copy or download it again") from error
 
 
-def _torch_load(path: Path) -> Any:
+def torch_load(path: Path) -> Any:
+    """Read a PyTorch file without running code from it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Any: tensors and plain containers, on the CPU.
+
+    Raises:
+        RequestError: it is damaged, or holds anything else.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
