@@ -23,7 +23,7 @@ class _RateColumn(TextColumn):
 
 
 @contextmanager
-def task(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def task(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """Show a bar while the block runs.
 
     Args:
@@ -31,7 +31,7 @@ def task(description: str, total: int | None = None) -> Iterator[Callable[[int],
         total: number of steps, None when unknown.
 
     Yields:
-        Callable[[int], None]: call it with the number of steps just finished.
+        Callable[..., None]: call it with the number of steps just finished and, if it changed, the new description.
     """
     console = Console(stderr=True)
     columns = (
@@ -43,7 +43,7 @@ def task(description: str, total: int | None = None) -> Iterator[Callable[[int],
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         identifier = progress.add_task(description, total=total)
-        yield lambda steps=1: progress.update(identifier, advance=steps)
+        yield lambda steps=1, text=None: progress.update(identifier, advance=steps, description=text)
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

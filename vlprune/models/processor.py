@@ -60,7 +60,7 @@ class Processor:
         self.first_ids: dict[str, int] = {"cls": tokenizer.cls_token_id, "enc": enc_token_id, "dec": dec_token_id}
 
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Resize (bicubic, to a square, as BLIP does), rescale and normalise.
+        """Resize, rescale and normalise.
 
         Args:
             images: RGB images of any size.
@@ -68,11 +68,22 @@ class Processor:
         Returns:
             np.ndarray: float32 [B, 3, image_size, image_size].
         """
+        return self.normalise(self.resize(images))
+
+    def resize(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Resize (bicubic, to a square, as BLIP does).
+
+        Args:
+            images: RGB images of any size.
+
+        Returns:
+            np.ndarray: uint8 [B, image_size, image_size, 3].
+        """
         size = (self.image_size, self.image_size)
         pixels = np.empty((len(images), *size, 3), np.uint8)
         for row, image in zip(pixels, images, strict=True):
             row[:] = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC, reducing_gap=None))
-        return self.normalise(pixels)
+        return pixels
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """Turn resized pixels into model input.
