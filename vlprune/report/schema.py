@@ -159,6 +159,9 @@ class Throughput(TypedDict):
         ratio: dense time / compressed time; above 1 the compressed graph is faster.
         ratio_ci95: its 95 % bootstrap interval.
         verdict: what the interval says; it contains 1 -> "no measurable difference".
+        rounds: undisturbed rounds that the figures come from.
+        dropped: rounds thrown away because other processes took cores.
+        note: why there is no verdict, where there is none.
     """
 
     variant: str
@@ -173,6 +176,9 @@ class Throughput(TypedDict):
     ratio: float
     ratio_ci95: list[float]
     verdict: Verdict
+    rounds: NotRequired[int]
+    dropped: NotRequired[int]
+    note: NotRequired[str]
 
 
 class Stage(TypedDict):
