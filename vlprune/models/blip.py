@@ -514,8 +514,9 @@ class Blip(nn.Module):
 
         # One hard negative per row, drawn by similarity among the other images' (BLIP, section 3.2, ITM).
         with torch.no_grad():
-            weight = F.softmax(similarity.float(), 1) + 1e-4
-            weight_t = F.softmax(similarity.float().T, 1) + 1e-4
+            # Without NaN, which multinomial refuses: the loss tells of it.
+            weight = F.softmax(similarity.float(), 1).nan_to_num() + 1e-4
+            weight_t = F.softmax(similarity.float().T, 1).nan_to_num() + 1e-4
             usable = same.sum(1) < len(owner)  # rows whose image owns the whole batch have none
             negative_text = torch.multinomial((weight * (1 - same))[usable], 1).squeeze(1)
             negative_image = torch.multinomial((weight_t * (1 - same))[usable], 1).squeeze(1)
