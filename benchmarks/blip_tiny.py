@@ -16,7 +16,7 @@ from transformers import BlipConfig
 
 from vlprune.data.scenes import SIZE, VOCABULARY, scenes_captions, scenes_vqa
 from vlprune.files import atomic_path
-from vlprune.models.blip import Blip, Source, new
+from vlprune.models.blip import Blip, Source, new, start_vision
 from vlprune.models.processor import Processor, word_tokenizer
 from vlprune.training.pretrain import pretrain
 
@@ -55,14 +55,16 @@ def fresh(seed: int) -> Blip:
         image_text_hidden_size=64,
     )
     processor = Processor(tokenizer, SIZE, ids("[DEC]"), ids("[ENC]"))
-    return new(config, processor, Source("blip-tiny", "benchmarks/blip_tiny.py"), seed)
+    model = new(config, processor, Source("blip-tiny", "benchmarks/blip_tiny.py"), seed)
+    start_vision(model, seed)
+    return model
 
 
 def main() -> None:
     """Train, save, score."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="20 steps")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     args = parser.parse_args()
@@ -78,7 +80,8 @@ def main() -> None:
         batch_size=64,
         lr=1e-3,
         seed=args.seed,
-        itm_from=0.3,
+        itm_from=0.65,
+        lm_weight=4.0,
         log=lambda line: print(line, flush=True),
     )
     with atomic_path(args.output) as folder:

@@ -13,6 +13,6 @@ def inspect(path: o.AnyPath, json: o.Json = False) -> None:
     Example:
       vlprune inspect run/masks/multiflow-0.9.safetensors
     """
-    from vlprune import pipeline
+    from vlprune.inspect import inspect as look
 
-    show(pipeline.inspect(path), json)
+    show(look(path), json)

@@ -8,7 +8,6 @@ from typing import Any
 from vlprune import names
 from vlprune.data import CAPTION_SOURCES, VQA_SOURCES
 from vlprune.errors import MachineError, RequestError
-from vlprune.inspect import inspect
 from vlprune.models import MODELS
 from vlprune.pruning import get_method
 from vlprune.pruning.budgets import checked_ratio
@@ -18,7 +17,7 @@ from vlprune.runtime.session import check_provider
 from vlprune.stages import Stages
 
 
-__all__ = ["compress", "export", "finetune", "inspect", "prune", "validate"]
+__all__ = ["compress", "export", "finetune", "prune", "validate"]
 
 CALIBRATION_IMAGES = 1024
 

@@ -68,6 +68,9 @@ class Run:
             raise RequestError(f"{folder} is not empty and no run directory: choose another --output")
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.rglob(".*.*"):  # what a killed run was writing (see vlprune.files.atomic_path)
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover)
             if not resume:
                 for name in (*OWN, MANIFEST):
                     path = folder / name

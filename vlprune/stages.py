@@ -31,7 +31,7 @@ from vlprune.run import Run
 from vlprune.runtime.session import load_graphs
 from vlprune.runtime.timing import compare
 from vlprune.tasks import evaluate
-from vlprune.training.finetune import finetune
+from vlprune.training.finetune import FinetuneOptions, finetune
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,12 @@ class Stages:
             masks = masks_for(model.layers(), self.model.layers(), self.pruned(variant.ratio).masks)
         state = self.run.folder / "training" / variant.id / task
         data = self.data(task, "train")
-        finetune(model, task, data, masks, self.finetune_options(task), state_dir=state, label=f"{variant.id} {task}")
+        recipe = self.recipe
+        options = FinetuneOptions(
+            **recipe["finetune"], batch_size=recipe["batch_size"], seed=recipe["seed"], device=self.device.type
+        )
+        label = f"Fine-tuning {variant.id} {task}"
+        finetune(model, task, data, masks, options, state_dir=state, label=label)
         row = self._finetuned_row(variant, model, masks)
         with atomic_path(folder) as temporary:
             temporary.mkdir()

@@ -65,6 +65,7 @@ def pretrain(
     questions: VqaData | None = None,
     augment: Augment | None = None,
     itm_from: float = 0.0,
+    lm_weight: float = 1.0,
     weight_decay: float = 0.05,
     log: Callable[[str], None] = print,
     every: int = 50,
@@ -81,6 +82,7 @@ def pretrain(
         questions: adds the answer loss; half a batch of questions about the images of their own data.
         augment: changes pixel values.
         itm_from: share of the steps after which the matching loss joins; it triples the cost of the text encoder.
+        lm_weight: factor of the caption loss, which is a mean over tokens and the best teacher of details.
         weight_decay: on matrices only.
         log: called with a line every `every` steps.
         every: steps between lines.
@@ -124,7 +126,7 @@ def pretrain(
                     [q.answers for q in some],
                 )
                 losses["vqa"] = model.loss("vqa", batch)
-        total = torch.stack(list(losses.values())).sum()
+        total = torch.stack([lm_weight * v if k == "lm" else v for k, v in losses.items()]).sum()
         if not torch.isfinite(total):
             raise FloatingPointError(f"the loss is not finite at step {step}")
         optimizer.zero_grad(set_to_none=True)
