@@ -338,6 +338,7 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_one_line(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     BROKEN[name](tmp_path / name)
