@@ -1,1 +1,64 @@
-"""Exporters: one file per model family; imported as `vlprune.exporters`."""
+"""Exporters: one file per model family; imported as `vlprune.exporters`.
+
+`export` writes the ONNX graphs of a task and compares them with PyTorch, `torch_graphs` runs the same graphs in
+PyTorch, `task_spec` makes the task.json that both are scored with, `parameters` maps the names in a file to PyTorch's.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from vlprune.exporters.onnx_files import export
+    from vlprune.exporters.simplify import parameters
+    from vlprune.models.blip import Blip
+    from vlprune.runtime.generate import Graph
+
+__all__ = ["export", "parameters", "task_spec", "torch_graphs"]
+
+_HOMES = {
+    "export": "vlprune.exporters.onnx_files",
+    "parameters": "vlprune.exporters.simplify",
+}  # torch and Optimum are heavy
+
+
+def torch_graphs(model: Blip, task: str) -> dict[str, Graph]:
+    """Run the graphs of a task in PyTorch, on the model's device.
+
+    Args:
+        model: put in eval mode; later changes of its weights show in the results.
+        task: one of `model.tasks`.
+
+    Returns:
+        dict[str, Graph]: callables from named arrays to named arrays, as onnxruntime's of the exported files.
+
+    Raises:
+        RequestError: the model does not offer the task.
+    """
+    return _family(model).torch_graphs(model, task)
+
+
+def task_spec(model: Blip, task: str, **options: Any) -> dict[str, Any]:
+    """Make the task.json of a model.
+
+    Args:
+        model: its processor tells the token ids, its decoder the shapes of the cache.
+        task: one of `model.tasks`.
+        **options: of the task's `make_spec` (vlprune.tasks); `answers` (a list, or None = generate) for vqa.
+
+    Returns:
+        dict[str, Any]: the spec.
+    """
+    return _family(model).task_spec(model, task, **options)
+
+
+def _family(model: Blip) -> Any:
+    return import_module(f"vlprune.exporters.{model.family}")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'vlprune.exporters' has no attribute {name!r}")
