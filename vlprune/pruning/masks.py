@@ -8,8 +8,7 @@ A mask file is a safetensors file of kind "vlprune-masks-1":
     header            {"shapes": {layer: [out, in]}, "metadata": {method, ratio, pattern, seed, model, sparsity ...}}
 """
 
-from collections.abc import Mapping, Sequence
-from numbers import Real
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,13 @@ from vlprune.pruning.layers import Pruned
 
 KIND = "vlprune-masks-1"
 _WEIGHT_TYPES = ("F32", "F16", "BF16", "F64")
-_METADATA_TYPES: dict[str, type] = {"method": str, "ratio": Real, "pattern": str, "seed": int, "model": str}
+_METADATA_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "method": lambda value: isinstance(value, str),
+    "ratio": lambda value: isinstance(value, float) and 0 < value < 1,
+    "pattern": lambda value: isinstance(value, str),
+    "seed": lambda value: type(value) is int and value >= 0,
+    "model": lambda value: isinstance(value, str),
+}
 
 
 def pack(mask: Tensor) -> NDArray[np.uint8]:
@@ -59,10 +64,10 @@ def save_masks(path: Path | str, pruned: Pruned, metadata: Mapping[str, Any]) ->
     Args:
         path: the file.
         pruned: what `prune_layers` returned.
-        metadata: method, ratio, pattern, seed, model (a fingerprint of the dense model); more is kept as it is.
+        metadata: method, ratio, pattern, seed, model (a fingerprint of the dense model, text); more is kept as it is.
 
     Raises:
-        RequestError: a key is missing or of a wrong type.
+        RequestError: one of these is missing or of a wrong type.
     """
     metadata = _check_metadata(Path(path), metadata)
     if stray := pruned.weights.keys() - pruned.masks.keys():
@@ -139,10 +144,9 @@ def sparsity_summary(masks: Mapping[str, Tensor], modality_of: Mapping[str, str]
 def _check_metadata(path: Path, metadata: Any) -> dict[str, Any]:
     if not isinstance(metadata, Mapping):
         raise RequestError(f"{path}: the masks' metadata is no JSON object: make it again")
-    for key, kind in _METADATA_TYPES.items():
-        value = metadata.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise RequestError(f"{path}: the masks' metadata has {key} = {value!r:.60}: make it again")
+    for key, sound in _METADATA_CHECKS.items():
+        if not sound(metadata.get(key)):
+            raise RequestError(f"{path}: the masks' metadata has {key} = {metadata.get(key)!r:.60}: make it again")
     return dict(metadata)
 
 
@@ -150,7 +154,7 @@ def _checked_shapes(path: Path, shapes: Any) -> dict[str, tuple[int, int]]:
     if not isinstance(shapes, dict) or not shapes:
         raise RequestError(f"{path}: its header names no layers: make it again")
     for name, shape in shapes.items():
-        sound = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+        sound = isinstance(shape, list) and len(shape) == 2 and all(type(s) is int and 0 < s < 2**40 for s in shape)
         if not sound:
             raise RequestError(f"{path}: layer {name!r:.120} claims the shape {shape!r:.60}: make it again")
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
