@@ -1,8 +1,8 @@
 """Write data/golden_part.npz, the part of the reference masks that travels with the repository.
 
 Run it beside the shared folder: python tests/pruning/make_golden_part.py. It takes the text layers of golden_a: their
-weights, the input norms (summed here in float64), the masks of the methods whose budget does not reach beyond a modality,
-and the raw inputs of two layers (one padded, one reading image tokens) for the collection of norms.
+weights, the input norms (summed here in float64), the masks of the methods whose budget does not reach beyond a
+modality, and the raw inputs of two layers (one padded, one reading image tokens) for the collection of norms.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Masks equal those of the MULTIFLOW authors' own program: at most one weight of a layer differs.
 
-The part in data/ runs everywhere (make_golden_part.py wrote it); the full sets run where the shared folder stands beside
-the repository. The authors turn a ratio into a count twice and so may prune one weight of a layer less.
+The part in data/ runs everywhere (make_golden_part.py wrote it); the full sets run where the shared folder stands
+beside the repository. The authors turn a ratio into a count twice and so may prune one weight of a layer less.
 """
 
 import json
