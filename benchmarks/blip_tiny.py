@@ -22,7 +22,7 @@ from vlprune.training.pretrain import pretrain
 
 
 WEIGHTS = Path(__file__).parents[1] / "vlprune" / "models" / "weights" / "blip-tiny"
-WIDTH, VISION_LAYERS, TEXT_LAYERS, HEAD, PATCH = 192, 4, 3, 32, 8
+WIDTH, VISION_LAYERS, TEXT_LAYERS, HEAD, PATCH = 192, 4, 3, 32, 16
 
 
 def fresh(seed: int) -> Blip:
@@ -64,7 +64,7 @@ def main() -> None:
     """Train, save, score."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="20 steps")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     args = parser.parse_args()
