@@ -250,7 +250,8 @@ def task_spec(model: Blip, task: str, **options: Any) -> dict[str, Any]:
     """
     if task != "retrieval":
         options["past_shapes"] = past_shapes(model)
-    return get_task(task).make_spec(model.processor, **options)
+    spec = get_task(task).make_spec(model.processor, **options)
+    return {**spec, "image_tokens": _image_tokens(model)}
 
 
 def past_shapes(model: Blip) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import Any
 
-from vlprune.errors import MachineError, RequestError
+from vlprune.errors import MachineError, RequestError, VlpruneError
 
 
 @contextmanager
@@ -39,8 +39,15 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         with disk_errors(path):
             yield temporary
             if path.is_dir() and temporary.is_dir():
-                shutil.rmtree(path)
+                os.rename(path, holder / f"{path.name}.old")  # at once, so that a kill never leaves half of it
             os.replace(temporary, path)
+    except VlpruneError:
+        raise
+    except Exception as error:
+        # Libraries report a full disk in their own words; what was written still fills it now.
+        if shutil.disk_usage(holder).free < 1 << 16:
+            raise _no_space(path) from error
+        raise
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 
@@ -63,10 +70,14 @@ def disk_errors(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (ENOSPC, EDQUOT):
-            raise MachineError(f"no space left while writing {path}: free some, or choose another --output") from error
+            raise _no_space(path) from error
         if error.errno in (EACCES, EPERM, EROFS) or isinstance(error, FileExistsError | NotADirectoryError):
             raise RequestError(f"cannot write {path} ({error.strerror}): choose another --output") from error
         raise
+
+
+def _no_space(path: Path | str) -> MachineError:
+    return MachineError(f"no space left while writing {path}: free some, or choose another --output")
 
 
 def write_json(path: Path | str, value: Any) -> None:

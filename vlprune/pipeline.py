@@ -67,7 +67,7 @@ def compress(
         max_steps: of fine-tuning.
         epochs: of fine-tuning.
         lr: peak learning rate of fine-tuning.
-        batch_size: of fine-tuning.
+        batch_size: of fine-tuning; a smaller one than 32 also holds for calibration and evaluation.
         image_size: pixels; position embeddings are interpolated.
         export: "onnx" or None.
         providers: ONNX Runtime providers to validate and time on.
@@ -94,12 +94,9 @@ def compress(
         "bench_batches": bench_batches or [1, 8],
         "samples": samples,
     }
-    if export:
-        for provider in recipe["providers"]:
-            check_provider(provider)
-    _set_up(recipe)
-    stages = Stages(Run.start(Path(output), recipe, resume))
-    stages.settle()
+    for provider in recipe["providers"]:
+        check_provider(provider)
+    stages = _start(Path(output), recipe, resume)
     stages.prune()
     _train_and_score(stages)
     if export:
@@ -160,9 +157,7 @@ def prune(
         "bench_batches": [1, 8],
         "samples": None,
     }
-    _set_up(recipe)
-    stages = Stages(Run.start(Path(output), recipe, resume))
-    stages.settle()
+    stages = _start(Path(output), recipe, resume)
     stages.prune()
     return stages.report()
 
@@ -179,7 +174,7 @@ def finetune(
     batch_size: int | None = None,
     device: str = "auto",
     threads: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     skip_broken: bool = False,
     resume: bool = False,
 ) -> dict[str, Any]:
@@ -196,15 +191,17 @@ def finetune(
         batch_size: see `compress`.
         device: see `compress`.
         threads: see `compress`.
-        seed: see `compress`.
+        seed: of the fine-tuning, None = the run's.
         skip_broken: see `compress`.
         resume: see `compress`.
 
     Returns:
         dict[str, Any]: report.json.
     """
-    changes = {"finetune": _finetune_recipe(finetune, max_steps, epochs, lr), "batch_size": batch_size}
+    chosen = _finetune_recipe(finetune, max_steps, epochs, lr) | ({} if seed is None else {"seed": seed})
+    changes = {"finetune": chosen, "batch_size": batch_size}
     changes |= {"device": device, "threads": threads, "skip_broken": skip_broken}
+    _check_device(device)
     stages = _reopen(run, data, tasks, resume, changes)
     _train_and_score(stages)
     return stages.report()
@@ -257,7 +254,7 @@ def validate(
         providers: see `compress`.
         bench_batches: see `compress`.
         samples: see `compress`.
-        batch_size: see `compress`.
+        batch_size: samples at once.
         threads: see `compress`.
         skip_broken: see `compress`.
         resume: see `compress`.
@@ -272,6 +269,7 @@ def validate(
     if samples is not None:
         changes["samples"] = samples
     stages = _reopen(run, data, tasks, resume, changes)
+    stages.batch = batch_size or stages.batch
     _validate(stages)
     return stages.report()
 
@@ -336,9 +334,7 @@ def _recipe(
     if info and info.kind == "embedded":
         calibration = calibration or "scenes"
         data = dict.fromkeys(tasks or info.tasks, "scenes") | data
-    drawn = info is not None and info.kind in ("embedded", "random")
-    if "scenes" in (calibration, *data.values()) and not drawn:
-        raise RequestError(f"the embedded scenes are no data for {model}: give photographs with captions or questions")
+    _check_sources(model, calibration, data)
     if get_method(method).needs and not calibration:
         raise RequestError(f"{model} needs --calibration for {method}: {CAPTION_SOURCES}")
     if needs_data and not data:
@@ -370,14 +366,39 @@ def _finetune_recipe(mode: str, max_steps: int | None, epochs: int | None, lr: f
     return {"mode": mode, "max_steps": max_steps, "epochs": epochs, "lr": lr}
 
 
-def _set_up(recipe: dict[str, Any]) -> None:
-    """Refuse a device that is not there; set threads."""
+def _check_sources(model: str, calibration: str | None, data: dict[str, str]) -> None:
+    """Keep the embedded scenes away from models that were trained on photographs."""
+    info = MODELS.get(model)
+    drawn = info is not None and info.kind in ("embedded", "random")
+    if "scenes" in (calibration, *data.values()) and not drawn:
+        raise RequestError(f"the embedded scenes are no data for {model}: give photographs with captions or questions")
+
+
+def _check_device(device: str) -> None:
     import torch
 
-    if recipe["device"] == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build")
-    if recipe["threads"]:
-        torch.set_num_threads(recipe["threads"])
+
+
+def _set_up(run: Run) -> Stages:
+    """Set threads; let samples that do not fit a small batch not meet in memory elsewhere either."""
+    import torch
+
+    if run.recipe["threads"]:
+        torch.set_num_threads(run.recipe["threads"])
+    stages = Stages(run)
+    stages.batch = min(stages.batch, run.recipe["batch_size"] or stages.batch)
+    return stages
+
+
+def _start(folder: Path, recipe: dict[str, Any], resume: bool) -> Stages:
+    """Begin a run once all that can be refused has been looked at: an earlier run in the folder is lost then."""
+    _check_device(recipe["device"])
+    stages = _set_up(Run.start(folder, recipe, resume))
+    stages.settle(prunes=True)
+    stages.run.begin()
+    return stages
 
 
 def _reopen(
@@ -389,16 +410,17 @@ def _reopen(
 ) -> Stages:
     """Open a run for one of its later stages; what the verb was told becomes part of its recipe."""
     run = Run.open(Path(folder), resume)
-    run.recipe.update({key: value for key, value in changes.items() if value is not None or key not in run.recipe})
-    run.recipe["data"] = run.recipe["data"] | (data or {})
-    run.recipe["tasks"] = tasks or run.recipe["tasks"]
-    if not run.recipe["data"]:
+    recipe = run.recipe
+    recipe.update({key: value for key, value in changes.items() if value is not None or key not in recipe})
+    recipe["data"] = recipe["data"] | (data or {})
+    recipe["tasks"] = tasks or recipe["tasks"]
+    if not recipe["data"]:
         raise RequestError(
             f"{folder} was pruned without data: give --data TASK=PATH; "
             f"for retrieval and captioning {CAPTION_SOURCES}; for vqa {VQA_SOURCES}"
         )
-    _set_up(run.recipe)
-    stages = Stages(run)
-    stages.settle()
+    _check_sources(recipe["model"], recipe["calibration"], recipe["data"])
+    stages = _set_up(run)
+    stages.settle(prunes=False)
     run.write_recipe()
     return stages

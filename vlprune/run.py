@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from vlprune import __version__
-from vlprune.errors import MachineError, RequestError, VlpruneError
+from vlprune.errors import RequestError
 from vlprune.files import atomic_path, disk_errors, read_json, write_json
 from vlprune.report.environment import environment
 from vlprune.report.manifest import MANIFEST, write_manifest
@@ -50,15 +50,15 @@ class Run:
 
     @classmethod
     def start(cls, folder: Path, recipe: dict[str, Any], resume: bool) -> Run:
-        """Begin a run, or take one up again.
+        """Plan a run, or take one up again; nothing is written or removed before `begin`.
 
         Args:
-            folder: to be made; one that holds a run is emptied unless `resume`.
+            folder: to be made; one that holds a run will be emptied unless `resume`.
             recipe: the fully resolved options.
             resume: keep finished stages.
 
         Returns:
-            Run: with `recipe.yaml` written.
+            Run: to be begun.
 
         Raises:
             RequestError: the folder holds something that is no run.
@@ -66,18 +66,17 @@ class Run:
         folder = Path(folder)
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
             raise RequestError(f"{folder} is not empty and no run directory: choose another --output")
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.rglob(".*.*"):  # what a killed run was writing (see vlprune.files.atomic_path)
-                if leftover.is_dir() and not leftover.is_symlink():
-                    shutil.rmtree(leftover)
-            if not resume:
+        return cls(folder, recipe, resume)
+
+    def begin(self) -> None:
+        """Make the folder, empty it of an earlier run unless resumed, write `recipe.yaml`."""
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.resume:
                 for name in (*OWN, MANIFEST):
-                    path = folder / name
+                    path = self.folder / name
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        run = cls(folder, recipe, resume)
-        run.write_recipe()
-        return run
+        self.write_recipe()
 
     @classmethod
     def open(cls, folder: Path, resume: bool) -> Run:
@@ -103,7 +102,11 @@ class Run:
         return cls(Path(folder), recipe, resume)
 
     def write_recipe(self) -> None:
-        """Write `recipe.yaml`."""
+        """Write `recipe.yaml`; first remove what a killed run was writing (see `vlprune.files.atomic_path`)."""
+        with disk_errors(self.folder):
+            for leftover in self.folder.rglob(".*.*"):
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover)
         with atomic_path(self.folder / "recipe.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
@@ -120,15 +123,13 @@ class Run:
         Args:
             name: `kind/variant/task...`; its first part is one of `KINDS`.
             key: the options that decide the result.
-            work: does it, leaves its files complete, returns rows for the report.
+            work: does it, leaves its files complete, returns rows for the report, and under "skipped" the number of
+                broken records it left out.
             needs: names of stages whose results this one reads; they ran before, in this process or an earlier one.
             reuse: take an existing result with the same key; None = as `resume` says.
 
         Returns:
             dict[str, Any]: the rows.
-
-        Raises:
-            MachineError: the disk is full.
         """
         inputs = {other: self._key(other) for other in needs}
         text = json.dumps({"key": key, "needs": inputs, "version": __version__}, sort_keys=True, default=str)
@@ -142,17 +143,10 @@ class Run:
         path.unlink(missing_ok=True)
         _reset_peaks()
         start = time.perf_counter()
-        try:
-            rows = dict(work())
-        except VlpruneError:
-            raise
-        except Exception as error:
-            # Libraries report a full disk in their own words.
-            if shutil.disk_usage(self.folder).free < 1 << 20:
-                message = f"no space left on the disk of {self.folder}: free some, or choose another --output"
-                raise MachineError(message) from error
-            raise
+        rows = dict(work())
         stage = {"name": name, "seconds": round(time.perf_counter() - start, 3), **_peaks()}
+        if skipped := rows.pop("skipped", 0):
+            stage["skipped"] = skipped
         write_json(path, {"name": name, "key": digest, "needs": inputs, "stage": stage, "rows": rows})
         self._keys[name] = digest
         return rows

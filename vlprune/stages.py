@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from vlprune import exporters
-from vlprune.data import CaptionData, VqaData, check_images, open_calibration, open_data
+from vlprune.data import CaptionData, MissingSplitError, VqaData, check_images, open_calibration, open_data
 from vlprune.errors import RequestError
 from vlprune.files import atomic_path, read_json
 from vlprune.models import load, loading
@@ -32,6 +33,9 @@ from vlprune.runtime.session import load_graphs
 from vlprune.runtime.timing import compare
 from vlprune.tasks import evaluate
 from vlprune.training.finetune import FinetuneOptions, finetune
+
+
+BATCH = 32  # samples at once in calibration and evaluation
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Stages:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.recipe = run.recipe
+        self.batch = BATCH
         self._data: dict[tuple[str, str], CaptionData | VqaData] = {}
 
     # --- what stages share -----------------------------------------------------------------------------------------
@@ -93,20 +98,34 @@ class Stages:
         """Hash of the prunable weights as given."""
         return fingerprint(self.model.layers())
 
-    def settle(self) -> None:
-        """Find what is wrong with the request before any work: the model, its tasks, their data."""
+    def settle(self, prunes: bool) -> None:
+        """Find what is wrong with the request before any work: the model, its tasks, their data.
+
+        Args:
+            prunes: calibration data are needed, too, unless statistics are there.
+        """
         for task in self.tasks:
             if task in self.recipe["data"]:
-                for split in ("train", "test"):
-                    self.data(task, split)
+                self.data(task, "test")
+                if self.trains:
+                    self.data(task, "train")
+                elif task == "vqa":
+                    self._answers(task)
+        if prunes and not (self.run.resume and self._statistics_file.is_file()):
+            if get_method(self.recipe["method"]).needs:
+                _ = self.calibration
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run fine-tunes; random weights have learned nothing that could be recovered."""
+        return self.recipe["finetune"]["mode"] != "none" and not self.model.source.random_weights
 
     def variants(self) -> list[Variant]:
         """List the variants of the run: dense first, each ratio before and after fine-tuning."""
         found = []
-        tunes = self.recipe["finetune"]["mode"] != "none"
         for base, ratio in [("dense", None), *((self.variant_id(r), r) for r in self.recipe["ratios"])]:
             found.append(Variant(base, ratio, False))
-            if tunes:
+            if self.trains:
                 found.append(Variant(f"{base}-finetuned", ratio, True))
         return found
 
@@ -136,6 +155,13 @@ class Stages:
             skip = self.recipe["skip_broken"]
             self._data[key] = check_images(open_data(task, source, split, skip, limit), skip)
         return self._data[key]
+
+    @cached_property
+    def calibration(self) -> CaptionData:
+        """Open the images and captions of the calibration pass."""
+        recipe = self.recipe
+        data = open_calibration(recipe["calibration"], recipe["skip_broken"], recipe["calibration_samples"])
+        return check_images(data, recipe["skip_broken"])
 
     def pruned(self, ratio: float) -> Pruned:
         """Load the masks of a ratio."""
@@ -177,30 +203,31 @@ class Stages:
         """Collect the input norms of every layer in one pass, or read them; {} for methods that need none."""
         if not get_method(self.recipe["method"]).needs:
             return {}
-        path = self.run.folder / "statistics.safetensors"
+        path = self._statistics_file
         key = {**self._model_key, **self._key("calibration", "calibration_samples", "device")}
         reuse = self.run.resume and path.is_file()
         self.run.stage("statistics", key, partial(self._collect, path), reuse=reuse)
         widths = {layer.name: layer.weight.shape[1] for layer in self.model.layers()}
         return load_statistics(path, widths)[0]
 
+    @property
+    def _statistics_file(self) -> Path:
+        return self.run.folder / "statistics.safetensors"
+
     def _collect(self, path: Path) -> dict[str, Any]:
-        recipe = self.recipe
-        data = open_calibration(recipe["calibration"], recipe["skip_broken"], recipe["calibration_samples"])
-        data = check_images(data, recipe["skip_broken"])
+        data = self.calibration
         model = self.model.to(self.device).eval()
         norms = InputNorms({layer.name: (layer.modules, layer.tokens) for layer in model.layers()})
-        size = 32
         with norms.collect():
-            for start in track(range(0, len(data.captions), size), "Calibrating"):
-                rows = range(start, min(start + size, len(data.captions)))
+            for start in track(range(0, len(data.captions), self.batch), "Calibrating"):
+                rows = range(start, min(start + self.batch, len(data.captions)))
                 captions = [data.captions[i][0] for i in rows]
                 model.calibrate(model.caption_batch([data.images[i] for i in rows], captions, rows), norms.valid)
         found = norms.result()
         self.model.to("cpu")
         metadata = {"model": self.fingerprint, "dataset": data.name, "images": len(data.captions)}
         save_statistics(path, found, metadata)
-        return {}
+        return {"skipped": data.skipped}
 
     def prune(self) -> None:
         """Write the masks of every ratio: statistics and scores are shared."""
@@ -266,9 +293,8 @@ class Stages:
         state = self.run.folder / "training" / variant.id / task
         data = self.data(task, "train")
         recipe = self.recipe
-        options = FinetuneOptions(
-            **recipe["finetune"], batch_size=recipe["batch_size"], seed=recipe["seed"], device=self.device.type
-        )
+        chosen = {"seed": recipe["seed"], **recipe["finetune"]}
+        options = FinetuneOptions(**chosen, batch_size=recipe["batch_size"], device=self.device.type)
         label = f"Fine-tuning {variant.id} {task}"
         finetune(model, task, data, masks, options, state_dir=state, label=label)
         row = self._finetuned_row(variant, model, masks)
@@ -276,7 +302,10 @@ class Stages:
             temporary.mkdir()
             model.to("cpu").save(temporary)
         shutil.rmtree(state, ignore_errors=True)
-        return {"variants": [row]}
+        with suppress(OSError):  # not empty, or never made
+            state.parent.rmdir()
+            state.parent.parent.rmdir()
+        return {"variants": [row], "skipped": data.skipped}
 
     def _finetuned_row(self, variant: Variant, model: Blip, masks: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The row of a fine-tuned variant is that of its base: training changes no mask, which is checked here."""
@@ -299,8 +328,14 @@ class Stages:
         """Make task.json."""
         options = dict(self.model.options.get(task, {}))
         if task == "vqa":
-            options["answers"] = self.data(task, "test").answer_list or self.data(task, "train").answer_list
+            options["answers"] = self._answers(task)
         return exporters.task_spec(model, task, **options)
+
+    def _answers(self, task: str) -> list[str] | None:
+        """Find the closed list of answers; a source without a train split serves as long as nothing is trained."""
+        with suppress(MissingSplitError):
+            return self.data(task, "test").answer_list or self.data(task, "train").answer_list
+        return None
 
     def score(self, variant: Variant, task: str) -> None:
         """Compute the task's metrics in PyTorch."""
@@ -317,7 +352,7 @@ class Stages:
         self, variant: Variant, task: str, graphs: Any, spec: dict[str, Any], where: dict[str, str]
     ) -> dict[str, Any]:
         data = self.data(task, "test")
-        scores = evaluate(task, graphs, spec, self.model.processor, data, seed=self.recipe["seed"])
+        scores = evaluate(task, graphs, spec, self.model.processor, data, self.batch, self.recipe["seed"])
         row = {
             "variant": variant.id,
             "task": task,
@@ -348,7 +383,8 @@ class Stages:
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             data = self.data(task, "test")
-            rows = exporters.export(model, task, self.spec(model, task), temporary, data, variant=variant.id)
+            spec, threads = self.spec(model, task), self.recipe["threads"]
+            rows = exporters.export(model, task, spec, temporary, data, variant=variant.id, threads=threads)
         dense = self.run.folder / "onnx" / self.dense.id / task
         for row in rows:
             file = f"onnx/{variant.id}/{task}/{row['file']}"

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vlprune.data.images import ImageFiles
-from vlprune.data.records import BrokenRecordError, ImageFinder, read_records, sift, texts
+from vlprune.data.records import BrokenRecordError, ImageFinder, MissingSplitError, read_records, sift, texts
 from vlprune.data.sets import CaptionData
-from vlprune.errors import RequestError
 
 
 _TEST_PERCENT = 10
@@ -72,7 +71,7 @@ def read_captions(
             numbers.append(number)
         captions_of[image] += captions
     if not paths:
-        raise RequestError(
+        raise MissingSplitError(
             f'{path} has no record for the split {split!r}: give records a field "split" ("train" or "test")'
         )
     return CaptionData(name or path.stem, ImageFiles(path, paths, numbers), list(captions_of.values()), reasons)

@@ -17,6 +17,10 @@ from vlprune.files import read_json
 T = TypeVar("T")
 
 
+class MissingSplitError(RequestError):
+    """A source without the train or the test split."""
+
+
 class BrokenRecordError(Exception):
     """What is wrong with a record: a reason to count it under, and the detail."""
 

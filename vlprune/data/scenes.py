@@ -35,7 +35,7 @@ COLORS = {
     "cyan": (0, 200, 220),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
-SIZES = {"small": (8.5, 9.5), "large": (13.5, 14.5)}  # width and height in pixels
+SIZES = {"small": (8.5, 9.5), "large": (12.5, 13.5)}  # width and height in pixels
 NUMBERS = ("one", "two", "three")
 ANSWERS = (*COLORS, *SHAPES, *SIZES, *NUMBERS, "yes", "no")
 QUESTIONS_PER_SCENE = 3
@@ -60,7 +60,7 @@ VOCABULARY = (*_WORDS.split(), *ANSWERS)  # every word of captions, prompt, ques
 _SEED = 20240607
 _SPLITS = ("train", "test")
 _SCALE = 4  # drawn this much larger, then averaged down: smooth edges
-_GRID, _CELL, _JITTER = 4, 16, 0.75  # cells per side, pixels per cell, how far a centre may lie off the cell's
+_GRID, _CELL, _JITTER = 4, 16, 0.7  # cells per side, pixels per cell, how far a centre may lie off the cell's
 
 
 @dataclass(frozen=True)

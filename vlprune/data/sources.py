@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlprune.data.captions import caption_split, is_caption_record, read_captions
-from vlprune.data.records import read_records
+from vlprune.data.records import MissingSplitError, read_records
 from vlprune.data.scenes import QUESTIONS_PER_SCENE, scenes_captions, scenes_vqa
 from vlprune.data.sets import CaptionData, VqaData
 from vlprune.data.vqa import is_vqa_record, read_vqa, vqa_split
@@ -164,7 +164,7 @@ def _vqa_records(path: Path) -> list[Any]:
 
 def _must_be(split: str, found: str, path: Path) -> None:
     if found != split:
-        raise RequestError(
+        raise MissingSplitError(
             f"{path} is of the {found} form, so the {split} split is missing: "
             "give TRAIN.json,TEST.json or a folder with both"
         )
@@ -181,4 +181,4 @@ def _in_folder(folder: Path, split: str, is_record: Any, kind: str, accepted: st
             raise RequestError(f"{folder} has several files of {kind} for {split}, {names}: give TRAIN.json,TEST.json")
         if found:
             return found[0]
-    raise RequestError(f"{folder} has no file of {kind} for the {split} split: give {accepted}")
+    raise MissingSplitError(f"{folder} has no file of {kind} for the {split} split: give {accepted}")

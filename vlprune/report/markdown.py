@@ -161,7 +161,7 @@ def _stages(report: Report) -> str:
         return ""
     body = [
         [
-            row["name"],
+            row["name"] + (f" ({row['skipped']} broken records skipped)" if row.get("skipped") else ""),
             f"{row['seconds']:.1f}",
             _megabytes(row["peak_rss_bytes"]),
             "–" if row["peak_cuda_bytes"] is None else _megabytes(row["peak_cuda_bytes"]),

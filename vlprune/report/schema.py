@@ -182,12 +182,21 @@ class Throughput(TypedDict):
 
 
 class Stage(TypedDict):
-    """What one stage cost: seconds, peak resident and peak CUDA memory in bytes (None without CUDA)."""
+    """What one stage cost.
+
+    Attributes:
+        name: kind/variant/task...
+        seconds: wall clock.
+        peak_rss_bytes: peak resident memory.
+        peak_cuda_bytes: peak CUDA memory, None without CUDA.
+        skipped: broken records of its data left out (`--skip-broken`).
+    """
 
     name: str
     seconds: float
     peak_rss_bytes: int
     peak_cuda_bytes: int | None
+    skipped: NotRequired[int]
 
 
 class Environment(TypedDict):
