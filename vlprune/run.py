@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import yaml
@@ -30,6 +31,28 @@ from vlprune.report.schema import SCHEMA_VERSION, validate_report
 
 ROWS = ("variants", "metrics", "graphs", "throughput")
 KINDS = ("statistics", "prune", "finetune", "score", "export", "validate", "bench")  # order of the report
+RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later verbs find it
+    "model": str,
+    "family": str | None,
+    "method": str,
+    "ratios": list,
+    "pattern": str,
+    "calibration": str | None,
+    "calibration_samples": int,
+    "data": dict,
+    "tasks": list | None,
+    "image_size": int | None,
+    "device": str,
+    "threads": int | None,
+    "seed": int,
+    "skip_broken": bool,
+    "finetune": dict,
+    "batch_size": int | None,
+    "export": str | None,
+    "providers": list,
+    "bench_batches": list,
+    "samples": int | None,
+}
 OWN = ("stages", "masks", "checkpoints", "onnx", "training", "statistics.safetensors", "report.json", "report.md")
 
 
@@ -97,8 +120,11 @@ class Run:
             recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise RequestError(f"{path} cannot be read: is {folder} a run directory?") from error
-        if not isinstance(recipe, dict) or not {"model", "method", "ratios", "seed"} <= recipe.keys():
+        if not isinstance(recipe, dict) or not RECIPE.keys() <= recipe.keys():
             raise RequestError(f"{path} is no recipe of vlprune: is {folder} a run directory?")
+        for key, kinds in RECIPE.items():
+            if not isinstance(recipe[key], kinds):
+                raise RequestError(f"{path}: {key} = {recipe[key]!r:.60} is of the wrong kind: prune again")
         return cls(Path(folder), recipe, resume)
 
     def write_recipe(self) -> None:
@@ -159,6 +185,23 @@ class Run:
                 raise RequestError(f"{self.folder} lacks the result of {name}: run that stage first")
             self._keys[name] = str(read_json(path)["key"])
         return self._keys[name]
+
+    def rows(self, name: str) -> dict[str, Any]:
+        """Give the rows of a stage that ran before.
+
+        Args:
+            name: of the stage.
+
+        Returns:
+            dict[str, Any]: kind of row -> rows.
+
+        Raises:
+            RequestError: it has not run.
+        """
+        path = self.folder / "stages" / f"{name}.json"
+        if not path.is_file():
+            raise RequestError(f"{self.folder} lacks the result of {name}: run that stage first")
+        return dict(read_json(path)["rows"])
 
     def records(self) -> list[dict[str, Any]]:
         """Read the stage records that are not stale, in the order of the report.

@@ -36,6 +36,7 @@ from vlprune.training.finetune import FinetuneOptions, finetune
 
 
 BATCH = 32  # samples at once in calibration and evaluation
+BENCH_SECONDS = 2.0  # per graph and batch size; slow graphs take their ten rounds, however long
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ class Stages:
                     self.data(task, "train")
                 elif task == "vqa":
                     self._answers(task)
-        if prunes and not (self.run.resume and self._statistics_file.is_file()):
-            if get_method(self.recipe["method"]).needs:
-                _ = self.calibration
+        there = self.run.resume and self._statistics_file.is_file()
+        if prunes and get_method(self.recipe["method"]).needs and not there:
+            _ = self.calibration  # opened and looked through
 
     @property
     def trains(self) -> bool:
@@ -312,8 +313,7 @@ class Stages:
         for layer in model.layers():
             if layer.name in masks and bool(layer.weight.detach().cpu()[~masks[layer.name].cpu()].any()):
                 raise AssertionError(f"fine-tuning revived pruned weights of {layer.name}")
-        rows = read_json(self.run.folder / "stages" / f"{self._pruned[0]}.json")["rows"]["variants"]
-        base = next(row for row in rows if row["id"] == variant.base)
+        base = next(row for row in self.run.rows(self._pruned[0])["variants"] if row["id"] == variant.base)
         return {**base, "id": variant.id, "finetuned": True}
 
     # --- evaluation ------------------------------------------------------------------------------------------------
@@ -385,10 +385,13 @@ class Stages:
             data = self.data(task, "test")
             spec, threads = self.spec(model, task), self.recipe["threads"]
             rows = exporters.export(model, task, spec, temporary, data, variant=variant.id, threads=threads)
-        dense = self.run.folder / "onnx" / self.dense.id / task
+        beside = rows
+        if variant.ratio is not None:
+            beside = self.run.rows(f"export/{self.dense.id}/{task}")["graphs"]
+        sizes = {row["graph"]: row["bytes"] for row in beside}
         for row in rows:
             file = f"onnx/{variant.id}/{task}/{row['file']}"
-            dense_bytes = row["bytes"] if variant.ratio is None else (dense / row["file"]).stat().st_size
+            dense_bytes = sizes[row["graph"]]
             row |= {"variant": variant.id, "task": task, "precision": "fp32", "packed": False}
             row |= {"file": file, "dense_bytes": dense_bytes}
         return {"graphs": rows}
@@ -426,6 +429,7 @@ class Stages:
                 batch=batch,
                 provider=provider,
                 threads=self.recipe["threads"],
+                seconds=BENCH_SECONDS,
                 seed=self.recipe["seed"],
             )
             row = {"variant": variant.id, "task": task, "graph": graph, "provider": provider}
