@@ -15,7 +15,7 @@ def finetune(
     batch_size: o.BatchSize = None,
     device: o.Device = "auto",
     threads: o.Threads = None,
-    seed: o.Seed = 0,
+    seed: o.RunSeed = None,
     skip_broken: o.SkipBroken = False,
     resume: o.Resume = False,
     json: o.Json = False,

@@ -421,6 +421,9 @@ ImageSize = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where PyTorch computes.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Seed of everything random.")]
+RunSeed = Annotated[
+    int | None, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Seed of the fine-tuning.")
+]
 Samples = Annotated[
     int | None, typer.Option("--samples", min=1, metavar="N", help="Evaluate on at most N samples per task.")
 ]

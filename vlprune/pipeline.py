@@ -324,13 +324,9 @@ def _recipe(
     needs_data: bool = True,
 ) -> dict[str, Any]:
     """Resolve and check what every run starts from, before anything heavy happens."""
-    for ratio in ratios:
-        checked_ratio(ratio)
-        Pattern.parse(pattern).check_ratio(ratio)
     info = MODELS.get(model)
     data = dict(data or {})
-    for task in (*data, *(tasks or [])):
-        names.check("task", task, names.TASKS)
+    _check_choices(ratios, method, pattern, [*data, *(tasks or [])])
     if info and info.kind == "embedded":
         calibration = calibration or "scenes"
         data = dict.fromkeys(tasks or info.tasks, "scenes") | data
@@ -364,6 +360,15 @@ def _recipe(
 
 def _finetune_recipe(mode: str, max_steps: int | None, epochs: int | None, lr: float | None) -> dict[str, Any]:
     return {"mode": mode, "max_steps": max_steps, "epochs": epochs, "lr": lr}
+
+
+def _check_choices(ratios: list[float], method: str, pattern: str, tasks: list[str]) -> None:
+    for ratio in ratios:
+        checked_ratio(ratio)
+        Pattern.parse(pattern).check_ratio(ratio)
+    get_method(method)
+    for task in tasks:
+        names.check("task", task, names.TASKS)
 
 
 def _check_sources(model: str, calibration: str | None, data: dict[str, str]) -> None:
@@ -419,6 +424,8 @@ def _reopen(
             f"{folder} was pruned without data: give --data TASK=PATH; "
             f"for retrieval and captioning {CAPTION_SOURCES}; for vqa {VQA_SOURCES}"
         )
+    chosen = [*recipe["data"], *(recipe["tasks"] or [])]
+    _check_choices(recipe["ratios"], recipe["method"], recipe["pattern"], chosen)
     _check_sources(recipe["model"], recipe["calibration"], recipe["data"])
     stages = _set_up(run)
     stages.settle(prunes=False)

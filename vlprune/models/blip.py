@@ -739,12 +739,14 @@ def build(config: BlipConfig, state: Mapping[str, Tensor], processor: Processor,
         wanted.setdefault(head + "decoder.weight", wanted[words])
         if head + "bias" in wanted:
             wanted.setdefault(head + "decoder.bias", wanted[head + "bias"])
+    _check_config(config, wanted, source.checkpoint)
     _resize_positions(wanted, config, processor.image_size)
     try:
         with torch.device("meta"):
             model = Blip(config, parts, processor, source)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as error:
-        raise RequestError(f"{source.checkpoint}: unusable config ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # transformers raises many kinds for a broken config
+        why = str(error).split("\n")[0] or type(error).__name__
+        raise RequestError(f"{source.checkpoint}: unusable config ({why})") from error
     expected = model.state_dict()
     if "temp" in expected:
         wanted.setdefault("temp", torch.tensor(0.07))
@@ -759,6 +761,41 @@ def build(config: BlipConfig, state: Mapping[str, Tensor], processor: Processor,
             )
     model.load_state_dict({k: v.clone() for k, v in wanted.items()}, assign=True)
     return _finish(model)
+
+
+def _check_config(config: BlipConfig, state: Mapping[str, Tensor], checkpoint: str) -> None:
+    """Refuse sizes that are none, or that would build more than the checkpoint holds."""
+    vision, text = config.vision_config, config.text_config
+    common = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    fields = [(vision, "vision_config", name) for name in (*common, "image_size", "patch_size")]
+    fields += [(text, "text_config", n) for n in (*common, "vocab_size", "max_position_embeddings", "bos_token_id")]
+    fields += [(config, "config", "image_text_hidden_size"), (text, "text_config", "encoder_hidden_size")]
+    for part, where, name in fields:
+        value = getattr(part, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            raise RequestError(f"{checkpoint}: {where} has {name} = {value!r:.40}, which is no size")
+    for part, where in ((vision, "vision_config"), (text, "text_config")):
+        if part.hidden_size % part.num_attention_heads:
+            raise RequestError(
+                f"{checkpoint}: {where} has hidden_size {part.hidden_size}, "
+                f"not a multiple of its {part.num_attention_heads} heads"
+            )
+        if not isinstance(part.layer_norm_eps, float) or not 0 < part.layer_norm_eps < 1:
+            raise RequestError(
+                f"{checkpoint}: {where} has layer_norm_eps = {part.layer_norm_eps!r:.40}, no small number"
+            )
+    for prefix, part in (
+        ("vision_model.encoder.layers.", vision),
+        ("text_encoder.encoder.layer.", text),
+        ("text_decoder.bert.encoder.layer.", text),
+    ):
+        if not any(key.startswith(prefix.split(".")[0]) for key in state):
+            continue
+        held = len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
+        if held != part.num_hidden_layers:
+            raise RequestError(
+                f"{checkpoint} holds {held} layers under {prefix[:-1]}, its config says {part.num_hidden_layers}"
+            )
 
 
 def _finish(model: Blip, share: bool = False) -> Blip:
@@ -782,9 +819,12 @@ def _resize_positions(state: dict[str, Tensor], config: BlipConfig, image_size: 
     grid = image_size // vision.patch_size
     if key in state and state[key].ndim == 3 and state[key].shape[1] != grid * grid + 1:
         table = state[key]
-        side = math.isqrt(table.shape[1] - 1)
+        side = vision.image_size // vision.patch_size
         if side * side != table.shape[1] - 1:
-            raise RequestError(f"{key} has {table.shape[1]} positions: not a square grid and [CLS]")
+            raise RequestError(
+                f"{key} has {table.shape[1]} positions; for {vision.image_size} pixels in patches of "
+                f"{vision.patch_size} the config says {side * side + 1}"
+            )
         patches = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
         patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
         state[key] = torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

@@ -93,7 +93,8 @@ def load_folder(folder: Path, name: str, image_size: int | None) -> Blip:
     try:
         config = BlipConfig.from_dict(raw)
         text, vision = config.text_config, config.vision_config
-        sizes = (text.vocab_size, text.bos_token_id, text.hidden_size, vision.image_size, vision.patch_size)
+        sizes = (text.vocab_size, text.bos_token_id, text.hidden_size, text.num_hidden_layers)
+        sizes += (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers)
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError("sizes and token ids must be positive integers")
     except Exception as error:  # transformers raises many kinds for a broken config
@@ -103,8 +104,7 @@ def load_folder(folder: Path, name: str, image_size: int | None) -> Blip:
     random = bool(extra.get("random_weights", False))
     source = Source(name, name if folder.parent == WEIGHTS else str(folder), sha256(weights), random)
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > text.vocab_size:
-        raise RequestError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {text.vocab_size}")
+    _check_vocabulary(tokenizer, text.vocab_size, folder)
     # Checkpoints on the hub never name [ENC]; in the original vocabulary it follows [DEC].
     enc = getattr(text, "enc_token_id", None) or text.bos_token_id + 1
     text.enc_token_id = enc if enc < text.vocab_size else tokenizer.cls_token_id
@@ -149,13 +149,15 @@ def load_original(path: Path, name: str, image_size: int | None) -> Blip:
     """
     loaded = torch_load(path)
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not _is_state(state):
         raise RequestError(f"{path} is no original BLIP checkpoint: it must hold tensors under 'model'")
     tensors = blip.from_original(state)
     config = blip.config_of(tensors, str(path))
     text = config.text_config
     size = image_size or config.vision_config.image_size
-    processor = Processor(_bert_tokenizer(path.parent), size, text.bos_token_id, text.enc_token_id)
+    tokenizer = _bert_tokenizer(path.parent)
+    _check_vocabulary(tokenizer, text.vocab_size, path.parent)
+    processor = Processor(tokenizer, size, text.bos_token_id, text.enc_token_id)
     text.sep_token_id = text.eos_token_id = processor.sep_id
     text.pad_token_id = processor.pad_id
     return blip.build(config, tensors, processor, Source(name, str(path), sha256(path)))
@@ -179,7 +181,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
         return state, index
     if (folder / "pytorch_model.bin").is_file():
         loaded = torch_load(folder / "pytorch_model.bin")
-        if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        if not _is_state(loaded):
             raise RequestError(f"{folder}/pytorch_model.bin must hold a dictionary of tensors")
         return loaded, folder / "pytorch_model.bin"
     raise RequestError(f"{folder} has no model.safetensors or pytorch_model.bin: is it a Hugging Face model folder?")
@@ -190,6 +192,16 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise RequestError(f"{path} is no intact safetensors file ({error}): copy or download it again") from error
+
+
+def _check_vocabulary(tokenizer: Any, size: int, folder: Path) -> None:
+    if len(tokenizer) > size:
+        raise RequestError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {size}")
+
+
+def _is_state(loaded: Any) -> bool:
+    """Whether a file held named tensors and nothing else."""
+    return isinstance(loaded, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items())
 
 
 def torch_load(path: Path) -> Any:
