@@ -88,7 +88,7 @@ class Sizes:
     calibration: int = 512
     rerank: int = 8
     samples: int = 2000
-    finetune: tuple[tuple[int, int, float], ...] = ((120, 64, 3e-4), (200, 64, 3e-4), (400, 64, 3e-4))
+    finetune: tuple[tuple[int, int, float], ...] = ((100, 64, 3e-4), (80, 64, 3e-4), (250, 64, 5e-4))
 
 
 FULL = Sizes()
