@@ -8,20 +8,32 @@ python benchmarks/blip_tiny.py --evaluate            # score the weights that ar
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BlipConfig
 
+from vlprune import exporters, load
+from vlprune.data import VqaData
 from vlprune.data.scenes import SIZE, VOCABULARY, scenes_captions, scenes_vqa
-from vlprune.files import atomic_path
+from vlprune.files import atomic_path, write_json
 from vlprune.models.blip import Blip, Source, new, start_vision
 from vlprune.models.processor import Processor, word_tokenizer
+from vlprune.report.environment import environment
+from vlprune.tasks import evaluate
 from vlprune.training.pretrain import pretrain
 
 
 WEIGHTS = Path(__file__).parents[1] / "vlprune" / "models" / "weights" / "blip-tiny"
+# A caption of three objects has 16 words, the prompt 4 tokens more; eight candidates are enough among 500 scenes.
+OPTIONS = {
+    "retrieval": {"rerank": 8},
+    "captioning": {"max_length": 24},
+    "finetune": {"lr": 1e-3, "max_steps": 300, "batch_size": 64},
+}
 WIDTH, VISION_LAYERS, TEXT_LAYERS, HEAD, PATCH = 192, 4, 3, 32, 16
 
 
@@ -60,18 +72,49 @@ def fresh(seed: int) -> Blip:
     return model
 
 
+def scores(folder: Path, scenes: int) -> list[dict[str, Any]]:
+    """Score the saved weights on unseen scenes: one row per task and metric."""
+    model = load(str(folder))
+    rows: list[dict[str, Any]] = []
+    for task in model.tasks:
+        part = model.for_task(task)
+        data = scenes_vqa("test", 3 * scenes) if task == "vqa" else scenes_captions("test", scenes)
+        options = dict(part.options.get(task, {}))
+        if isinstance(data, VqaData):
+            options["answers"] = data.answer_list
+        spec = exporters.task_spec(part, task, **options)
+        found = evaluate(task, exporters.torch_graphs(part, task), spec, part.processor, data)
+        for metric, value in found.values.items():
+            rows.append({"task": task, "metric": metric, "n": found.n, "value": value, "ci95": found.ci95[metric]})
+    return rows
+
+
 def main() -> None:
     """Train, save, score."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20 steps")
+    parser.add_argument("--quick", action="store_true", help="20 steps, 50 scenes, nothing written unless --output")
+    parser.add_argument("--evaluate", action="store_true", help="score the weights at --output, train nothing")
     parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=WEIGHTS)
+    parser.add_argument("--output", type=Path, help="folder of the weights (default: the package's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     args = parser.parse_args()
-    steps = 20 if args.quick else args.steps
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.output or (Path(scratch) / "blip-tiny" if args.quick and not args.evaluate else WEIGHTS)
+        seconds = None if args.evaluate else train(folder, 20 if args.quick else args.steps, args.quick, args.seed)
+        rows = scores(folder, 50 if args.quick else 500)
+    for row in rows:
+        value, low, high = (100 * x for x in (row["value"], *row["ci95"]))
+        print(f"{row['task']:11s} {row['metric']:9s} {value:6.1f} [{low:.1f}, {high:.1f}] n {row['n']}")
+    if args.json:
+        write_json(args.json, {"seconds": seconds, "environment": environment(), "scores": rows})
+
+
+def train(folder: Path, steps: int, quick: bool, seed: int) -> float:
+    """Train from scratch and save; returns seconds."""
     start = time.time()
-    model = fresh(args.seed)
-    scenes = 500 if args.quick else 30_000
+    model = fresh(seed)
+    scenes = 500 if quick else 30_000
     pretrain(
         model,
         scenes_captions("train", scenes),
@@ -79,15 +122,17 @@ def main() -> None:
         steps=steps,
         batch_size=64,
         lr=1e-3,
-        seed=args.seed,
+        seed=seed,
         itm_from=0.65,
         lm_weight=4.0,
         log=lambda line: print(line, flush=True),
+        every=50 if steps >= 50 else steps,
     )
-    with atomic_path(args.output) as folder:
-        folder.mkdir()
-        model.save(folder, torch.float16)
-    print(f"trained {steps} steps in {time.time() - start:.0f} s, written to {args.output}")
+    model.options = OPTIONS
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        model.save(temporary, torch.float16)
+    return time.time() - start
 
 
 if __name__ == "__main__":
