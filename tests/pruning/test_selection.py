@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlprune.pruning.selection import BUCKETS, EDGES, buckets_of, lowest
+from vlprune.pruning.selection import BUCKETS, EDGES, between, buckets_of, lowest
 
 
 def by_sorting(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -38,6 +38,12 @@ def test_large_and_tied(levels):
 def test_among_equals_the_first_go_first():
     (kept,) = lowest(torch.full((5,), 2.0), [2])
     assert kept.tolist() == [False, False, True, True, True]
+
+
+def test_between_includes_the_low_edge_only():
+    values = torch.tensor([1.0, 0.5, 2.0, 1.5, 1.0])
+    assert between(values, 1.0, 2.0).tolist() == [1.0, 1.5, 1.0]
+    assert between(values, 0.0, float("inf")).tolist() == values.tolist()
 
 
 def test_edges_enclose_their_bucket():
