@@ -97,7 +97,7 @@ def compress(
     for provider in recipe["providers"]:
         check_provider(provider)
     stages = _start(Path(output), recipe, resume)
-    stages.prune()
+    _prune(stages)
     _train_and_score(stages)
     if export:
         _export(stages)
@@ -158,7 +158,7 @@ def prune(
         "samples": None,
     }
     stages = _start(Path(output), recipe, resume)
-    stages.prune()
+    _prune(stages)
     return stages.report()
 
 
@@ -275,6 +275,14 @@ def validate(
 
 
 # --- the stages, in order ---------------------------------------------------------------------------------------------
+
+
+def _prune(stages: Stages) -> None:
+    stages.prune()
+    if stages.recipe["finetune"]["mode"] == "none" and not stages.model.source.random_weights:
+        for variant in stages.variants():
+            if variant.ratio is not None:
+                stages.keep(variant)
 
 
 def _train_and_score(stages: Stages) -> None:

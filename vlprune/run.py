@@ -30,7 +30,7 @@ from vlprune.report.schema import SCHEMA_VERSION, validate_report
 
 
 ROWS = ("variants", "metrics", "graphs", "throughput")
-KINDS = ("statistics", "prune", "finetune", "score", "export", "validate", "bench")  # order of the report
+KINDS = ("statistics", "prune", "checkpoint", "finetune", "score", "export", "validate", "bench")  # order of the report
 RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later verbs find it
     "model": str,
     "family": str | None,

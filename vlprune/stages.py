@@ -267,6 +267,19 @@ class Stages:
             rows.append(_variant_row(variant, recipe["method"], recipe["pattern"], summary, parameters))
         return {"variants": rows}
 
+    def keep(self, variant: Variant) -> None:
+        """Save a pruned model as it is, with all its parts, to be fine-tuned elsewhere."""
+        folder = self.run.folder / "checkpoints" / variant.id / "pretrained"
+        reuse = self.run.resume and (folder / "model.safetensors").is_file()
+        work = partial(self._keep, variant, folder)
+        self.run.stage(f"checkpoint/{variant.id}", self._model_key, work, self._pruned, reuse)
+
+    def _keep(self, variant: Variant, folder: Path) -> dict[str, Any]:
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            self.build(variant).save(temporary)
+        return {}
+
     @property
     def _pruned(self) -> tuple[str, ...]:
         return (f"prune/{self.recipe['method']}",)
