@@ -43,6 +43,16 @@ def test_exact_bytes(tmp_path):
     assert content[8 + length :] == bytes([0b10100111, 0b10000000])
 
 
+def test_the_same_masks_are_the_same_bytes(tmp_path):
+    metadata = {**METADATA, "note": "\x7f\t\u2028 é"}
+    written = set()
+    for number in range(12):  # safetensors orders metadata at random
+        save_masks(tmp_path / f"{number}.safetensors", PRUNED, metadata)
+        written.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(written) == 1
+    assert load_masks(tmp_path / "0.safetensors")[1] == metadata
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 10**6))
 def test_packing_there_and_back(rows, columns, seed):

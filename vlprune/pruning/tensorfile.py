@@ -70,6 +70,19 @@ def write(path: Path | str, kind: str, tensors: Mapping[str, Tensor], header: Ma
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, {"kind": kind, "header": text})
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the same content the same bytes: safetensors writes metadata in the order of a hash map, anew each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length  # both write JSON as short as it can be
+        file.seek(8)
+        file.write(text)
 
 
 @contextmanager
