@@ -780,6 +780,8 @@ def _check_config(config: BlipConfig, state: Mapping[str, Tensor], checkpoint: s
                 f"{checkpoint}: {where} has hidden_size {part.hidden_size}, "
                 f"not a multiple of its {part.num_attention_heads} heads"
             )
+        if not isinstance(part.hidden_act, str):
+            raise RequestError(f"{checkpoint}: {where} has hidden_act = {part.hidden_act!r:.40}, which is no name")
         if not isinstance(part.layer_norm_eps, float) or not 0 < part.layer_norm_eps < 1:
             raise RequestError(
                 f"{checkpoint}: {where} has layer_norm_eps = {part.layer_norm_eps!r:.40}, no small number"

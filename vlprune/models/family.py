@@ -75,7 +75,7 @@ def fingerprint(layers: list[PrunableLayer]) -> str:
 
 
 def masks_for(part: list[PrunableLayer], whole: list[PrunableLayer], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a model's masks for a copy that holds only some of its parts, where a shared weight may go by another name.
+    """Rename a model's masks for a copy with some of its parts only, where a shared weight may go by another name.
 
     Args:
         part: prunable layers of the copy.

@@ -6,6 +6,7 @@ import os
 import pickle
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def load_folder(folder: Path, name: str, image_size: int | None) -> Blip:
             raise ValueError("sizes and token ids must be positive integers")
     except Exception as error:  # transformers raises many kinds for a broken config
         raise RequestError(f"{folder}/config.json cannot be used ({str(error).splitlines()[0]})") from error
-    extra = raw.get("vlprune") if isinstance(raw.get("vlprune"), dict) else {}
+    extra: dict[str, Any] = raw["vlprune"] if isinstance(raw.get("vlprune"), dict) else {}
     state, weights = _read_weights(folder)
     random = bool(extra.get("random_weights", False))
     source = Source(name, name if folder.parent == WEIGHTS else str(folder), sha256(weights), random)
@@ -107,6 +108,8 @@ def load_folder(folder: Path, name: str, image_size: int | None) -> Blip:
     _check_vocabulary(tokenizer, text.vocab_size, folder)
     # Checkpoints on the hub never name [ENC]; in the original vocabulary it follows [DEC].
     enc = getattr(text, "enc_token_id", None) or text.bos_token_id + 1
+    if isinstance(enc, bool) or not isinstance(enc, int) or enc < 0 or text.bos_token_id >= text.vocab_size:
+        raise RequestError(f"{folder}/config.json: bos_token_id or enc_token_id is no token of the model")
     text.enc_token_id = enc if enc < text.vocab_size else tokenizer.cls_token_id
     processor = Processor(
         tokenizer,
@@ -216,14 +219,18 @@ def torch_load(path: Path) -> Any:
     Raises:
         RequestError: it is damaged, or holds anything else.
     """
+    damaged = f"{path} is no intact PyTorch file: copy or download it again"
     try:
+        with path.open("rb") as file:
+            if file.read(2) == b"PK" and not zipfile.is_zipfile(path):  # its end is missing; torch would try pickle
+                raise RequestError(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RequestError(
             f"{path} holds more than tensors and was not loaded: vlprune runs no code from a checkpoint"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise RequestError(f"{path} is no intact PyTorch file: copy or download it again") from error
+        raise RequestError(damaged) from error
 
 
 def _base_random(name: str, image_size: int, seed: int) -> Blip:
