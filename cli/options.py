@@ -238,7 +238,7 @@ def check_model(name: str) -> str:
     Returns:
         str: `name`.
     """
-    if "/" in name or os.sep in name or Path(name).exists():
+    if "/" in name or os.sep in name or (name and Path(name).exists()):
         return name
     from vlprune.models import names as aliases
 

@@ -44,8 +44,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     except VlpruneError:
         raise
     except Exception as error:
-        # Libraries report a full disk in their own words; what was written still fills it now.
-        if shutil.disk_usage(holder).free < 1 << 16:
+        # Libraries report a full disk in words of their own, or none: then what was written still fills it.
+        if "No space left" in str(error) or shutil.disk_usage(holder).free < 1 << 16:
             raise _no_space(path) from error
         raise
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlprune import names
 from vlprune.data import CAPTION_SOURCES, VQA_SOURCES
@@ -14,8 +14,10 @@ from vlprune.pruning.budgets import checked_ratio
 from vlprune.pruning.patterns import Pattern
 from vlprune.run import Run
 from vlprune.runtime.session import check_provider
-from vlprune.stages import Stages
 
+
+if TYPE_CHECKING:
+    from vlprune.stages import Stages
 
 __all__ = ["compress", "export", "finetune", "prune", "validate"]
 
@@ -397,6 +399,8 @@ def _check_device(device: str) -> None:
 def _set_up(run: Run) -> Stages:
     """Set threads; let samples that do not fit a small batch not meet in memory elsewhere either."""
     import torch
+
+    from vlprune.stages import Stages  # brings all of transformers and Optimum: a wrong request is answered before
 
     if run.recipe["threads"]:
         torch.set_num_threads(run.recipe["threads"])

@@ -740,7 +740,7 @@ def build(config: BlipConfig, state: Mapping[str, Tensor], processor: Processor,
         if head + "bias" in wanted:
             wanted.setdefault(head + "decoder.bias", wanted[head + "bias"])
     _check_config(config, wanted, source.checkpoint)
-    _resize_positions(wanted, config, processor.image_size)
+    _resize_positions(wanted, config, processor.image_size, source.checkpoint)
     try:
         with torch.device("meta"):
             model = Blip(config, parts, processor, source)
@@ -759,6 +759,8 @@ def build(config: BlipConfig, state: Mapping[str, Tensor], processor: Processor,
             raise RequestError(
                 f"{source.checkpoint}: {key} has shape {list(wanted[key].shape)}, its config says {list(tensor.shape)}"
             )
+        if not wanted[key].isfinite().all():
+            raise RequestError(f"{source.checkpoint}: {key} holds NaN or infinity: it is of no use")
     model.load_state_dict({k: v.clone() for k, v in wanted.items()}, assign=True)
     return _finish(model)
 
@@ -812,7 +814,7 @@ def _finish(model: Blip, share: bool = False) -> Blip:
     return model.eval()
 
 
-def _resize_positions(state: dict[str, Tensor], config: BlipConfig, image_size: int) -> None:
+def _resize_positions(state: dict[str, Tensor], config: BlipConfig, image_size: int, checkpoint: str) -> None:
     """Interpolate position embeddings to another image size (bicubic over the patch grid), in place."""
     key = "vision_model.embeddings.position_embedding"
     vision = config.vision_config
@@ -824,8 +826,8 @@ def _resize_positions(state: dict[str, Tensor], config: BlipConfig, image_size: 
         side = vision.image_size // vision.patch_size
         if side * side != table.shape[1] - 1:
             raise RequestError(
-                f"{key} has {table.shape[1]} positions; for {vision.image_size} pixels in patches of "
-                f"{vision.patch_size} the config says {side * side + 1}"
+                f"{checkpoint}: {key} has {table.shape[1]} positions; its config says {side * side + 1}, "
+                f"for {vision.image_size} pixels in patches of {vision.patch_size}"
             )
         patches = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
         patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
