@@ -1,7 +1,9 @@
 """What every test gets: one thread, no network for the hub, and the shared folder where there is one."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 # Before torch, transformers and onnxruntime are imported by any test.
@@ -22,4 +24,153 @@ def shared() -> Path:
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip(f"no reference data: {folder.name}/ is not beside the repository")
+    return folder
+
+
+# --- small checkpoints and data, for tests of the whole pipeline ------------------------------------------------------
+
+TEXT = "a picture of the red green blue small large circle square left right above below what color is it yes no"
+WORDS = TEXT.split()
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIDE = 32  # pixels
+
+
+def _blip_config(vocabulary: int, dec: int, sep: int) -> Any:
+    from transformers import BlipConfig
+
+    return BlipConfig(
+        vision_config={**SIZES, "patch_size": 16, "image_size": SIDE},
+        text_config={
+            **SIZES,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 40,
+            "encoder_hidden_size": SIZES["hidden_size"],
+            "bos_token_id": dec,
+            "sep_token_id": sep,
+            "eos_token_id": sep,
+            "pad_token_id": 0,
+        },
+        image_text_hidden_size=16,
+    )
+
+
+def _spread(model: Any) -> None:
+    """Make weights so large that scores differ by more than rounding does."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "temp":
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.15)
+
+
+def _pretraining(folder: Path, random_weights: bool = False) -> None:
+    """A task-agnostic model as vlprune saves it."""
+    from vlprune.models.blip import new
+    from vlprune.models.family import Source
+    from vlprune.models.processor import Processor, word_tokenizer
+
+    tokenizer = word_tokenizer(WORDS)
+    dec, enc, sep = tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]", "[SEP]"])
+    processor = Processor(tokenizer, SIDE, dec, enc)
+    source = Source("small", "made", random_weights=random_weights)
+    model = new(_blip_config(len(tokenizer), dec, sep), processor, source, seed=0)
+    _spread(model)
+    model.save(folder)
+
+
+def _hugging_face(folder: Path, task: str) -> None:
+    """A model of one task as transformers saves it."""
+    import transformers
+
+    from vlprune.models.processor import word_tokenizer
+
+    names = {"retrieval": "ImageTextRetrieval", "captioning": "ConditionalGeneration", "vqa": "QuestionAnswering"}
+    tokenizer = word_tokenizer(WORDS)
+    dec, sep = tokenizer.convert_tokens_to_ids(["[DEC]", "[SEP]"])
+    model = getattr(transformers, f"BlipFor{names[task]}")(_blip_config(len(tokenizer), dec, sep))
+    _spread(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _original(folder: Path) -> None:
+    """A model as the BLIP authors save it: their names, momentum copies, queues; [DEC] and [ENC] end the vocabulary."""
+    import torch
+    from transformers import BertTokenizerFast
+
+    from vlprune.models.blip import new
+    from vlprune.models.family import Source
+    from vlprune.models.processor import Processor
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    tokenizer = BertTokenizerFast(folder / "vocab.txt")
+    dec = len(vocabulary)
+    config = _blip_config(dec + 2, dec, tokenizer.sep_token_id)
+    for tower in (config.vision_config, config.text_config):
+        tower.num_attention_heads = 1  # the authors' heads are 64 wide
+    model = new(config, Processor(tokenizer, SIDE, dec, dec + 1), Source("small", "made"), seed=0)
+    _spread(model)
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if key.startswith("vision_model."):
+            for ours, theirs in (
+                ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
+                ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
+                ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
+                ("vision_model.post_layernorm", "visual_encoder.norm"),
+                ("vision_model.encoder.layers", "visual_encoder.blocks"),
+                ("layer_norm", "norm"),
+                ("self_attn.projection", "attn.proj"),
+                ("self_attn", "attn"),
+            ):
+                key = key.replace(ours, theirs)
+        state[key] = tensor
+        part, _, rest = key.partition(".")
+        if part in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
+            state[f"{part}_m.{rest}"] = torch.randn_like(tensor)
+    state["text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    state |= {"image_queue": torch.randn(16, 8), "text_queue": torch.randn(16, 8), "queue_ptr": torch.zeros(1).long()}
+    torch.save({"model": state, "epoch": 19}, folder / "model_base.pth")
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of vlprune ("pretraining", "random"), of transformers (by task), and the authors' file ("original")."""
+    root = tmp_path_factory.mktemp("small_models")
+    made = {name: root / name for name in ("pretraining", "random", "retrieval", "captioning", "vqa", "original")}
+    for folder in made.values():
+        folder.mkdir()
+    _pretraining(made["pretraining"])
+    _pretraining(made["random"], random_weights=True)
+    for task in ("retrieval", "captioning", "vqa"):
+        _hugging_face(made[task], task)
+    _original(made["original"])
+    return made | {"original": made["original"] / "model_base.pth"}
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images, 8 to train and 4 to test: captions.jsonl, a pair of VQA files, answer_list.json."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    captions, questions = [], {"train": [], "test": []}
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        split = "train" if i < 8 else "test"
+        texts = [" ".join(rng.choice(WORDS, 5)) for _ in range(2)]
+        captions.append({"file_name": f"{i}.png", "captions": texts, "split": split})
+        for k in range(3):
+            question = {"question_id": 10 * i + k, "image": f"{i}.png", "question": f"what {WORDS[3 + k]} is it"}
+            answers = [WORDS[4 + (i + k) % 7], WORDS[4 + (i + k) % 7], WORDS[4 + k]]
+            questions[split].append(question | {"answer": answers})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in captions))
+    for split, records in questions.items():
+        (folder / f"vqa_{split}.json").write_text(json.dumps(records))
+    (folder / "answer_list.json").write_text(json.dumps(WORDS[4:11]))
     return folder
