@@ -38,6 +38,14 @@ def test_n_of_m_among_equals_the_first_go_first():
     assert mask.tolist() == [[False, False, True, True, False, False, True, True]]
 
 
+def test_strides_do_not_matter():
+    plain = Layer("l", "text", torch.randn(8, 12), torch.rand(12))
+    strided = Layer("l", "text", plain.weight.T.contiguous().T, plain.input_norm)
+    for pattern in ("2:4", "4x3"):
+        one, other = (prune_layers([x], "multiflow", 0.5, pattern).masks["l"] for x in (plain, strided))
+        assert torch.equal(one, other)
+
+
 def test_n_of_m_fixes_the_ratio():
     layers = layers_of((4, 12))
     assert next(prune_layers_at(layers, "omp", None, "2:4"))[0] == 0.5

@@ -42,6 +42,14 @@ def test_long_sums_do_not_drift():
     assert norms.result()["layer"].item() == pytest.approx(math.sqrt(2**24 + 2**16), rel=1e-7)
 
 
+def test_squares_beyond_float32_are_summed():
+    module = nn.Linear(1, 1)
+    norms = InputNorms({"layer": ([module], "vision")})
+    with norms.collect():
+        module(torch.tensor([[1e20], [1e20]]))
+    assert norms.result()["layer"].item() == pytest.approx(math.sqrt(2) * 1e20, rel=1e-6)
+
+
 def test_padding_rows_may_hold_anything():
     module = nn.Linear(3, 1)
     norms = InputNorms({"layer": ([module], "text")})
