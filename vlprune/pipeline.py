@@ -373,8 +373,9 @@ def _finetune_recipe(mode: str, max_steps: int | None, epochs: int | None, lr: f
 
 
 def _check_choices(ratios: list[float], method: str, pattern: str, tasks: list[str]) -> None:
+    if not ratios or len({checked_ratio(ratio) for ratio in ratios}) < len(ratios):
+        raise RequestError(f"ratios {ratios} must name at least one, and none twice")
     for ratio in ratios:
-        checked_ratio(ratio)
         Pattern.parse(pattern).check_ratio(ratio)
     get_method(method)
     for task in tasks:

@@ -1,8 +1,8 @@
 """The run directory: recipe, stage records, report; what makes a run resumable and repeatable.
 
-Every stage leaves `stages/<name>.json`: the rows it adds to the report, what it cost, and a key, the hash of all that
-decides its result (options, input stages). A stage whose record has the same key need not run again; a record whose
-input stage has changed since is stale and never reaches the report.
+Every stage leaves `stages/<name>.json`: the rows it adds to the report, what it cost, a key, which is the hash of all
+that decides its result (options, input stages), and an id drawn anew each time it runs. A stage whose record has the
+same key need not run again; a record whose input stage has run again since is stale and never reaches the report.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
+from uuid import uuid4
 
 import yaml
 
@@ -69,7 +70,7 @@ class Run:
         self.folder = folder
         self.recipe = recipe
         self.resume = resume
-        self._keys: dict[str, str] = {}
+        self._ids: dict[str, str] = {}
 
     @classmethod
     def start(cls, folder: Path, recipe: dict[str, Any], resume: bool) -> Run:
@@ -84,11 +85,19 @@ class Run:
             Run: to be begun.
 
         Raises:
-            RequestError: the folder holds something that is no run.
+            RequestError: the folder holds something that is no run, or, to be resumed, a run of another model.
         """
         folder = Path(folder)
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
             raise RequestError(f"{folder} is not empty and no run directory: choose another --output")
+        if resume and (folder / "recipe.yaml").is_file():
+            earlier = cls.open(folder, resume).recipe
+            for key in ("model", "family", "image_size", "seed"):
+                if earlier[key] != recipe[key]:
+                    raise RequestError(
+                        f"{folder} holds a run with {key} = {earlier[key]!r:.200}, --resume continues only that one: "
+                        "leave it out to start afresh, or choose another --output"
+                    )
         return cls(folder, recipe, resume)
 
     def begin(self) -> None:
@@ -157,14 +166,14 @@ class Run:
         Returns:
             dict[str, Any]: the rows.
         """
-        inputs = {other: self._key(other) for other in needs}
+        inputs = {other: self._id(other) for other in needs}
         text = json.dumps({"key": key, "needs": inputs, "version": __version__}, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        path = self.folder / "stages" / f"{name}.json"
+        path = self._path(name)
         if (self.resume if reuse is None else reuse) and path.is_file():
-            record = read_json(path)
-            if isinstance(record, dict) and record.get("key") == digest:
-                self._keys[name] = digest
+            record = self._record(name)
+            if record["key"] == digest:
+                self._ids[name] = record["id"]
                 return dict(record["rows"])
         path.unlink(missing_ok=True)
         _reset_peaks()
@@ -173,18 +182,36 @@ class Run:
         stage = {"name": name, "seconds": round(time.perf_counter() - start, 3), **_peaks()}
         if skipped := rows.pop("skipped", 0):
             stage["skipped"] = skipped
-        write_json(path, {"name": name, "key": digest, "needs": inputs, "stage": stage, "rows": rows})
-        self._keys[name] = digest
+        record = {"name": name, "key": digest, "id": uuid4().hex, "needs": inputs, "stage": stage, "rows": rows}
+        write_json(path, record)
+        self._ids[name] = str(record["id"])
         return rows
 
-    def _key(self, name: str) -> str:
-        """The key of a stage that ran before."""
-        if name not in self._keys:
-            path = self.folder / "stages" / f"{name}.json"
-            if not path.is_file():
-                raise RequestError(f"{self.folder} lacks the result of {name}: run that stage first")
-            self._keys[name] = str(read_json(path)["key"])
-        return self._keys[name]
+    def _path(self, name: str) -> Path:
+        return self.folder / "stages" / f"{name}.json"
+
+    def _id(self, name: str) -> str:
+        """The id of a stage that ran before."""
+        if name not in self._ids:
+            record = self._record(name)
+            for other, made in record["needs"].items():
+                if self._id(other) != made:
+                    raise RequestError(f"{self.folder}: {other} has run again since {name}: run that stage again, too")
+            self._ids[name] = record["id"]
+        return self._ids[name]
+
+    def _record(self, name: str) -> dict[str, Any]:
+        """Read the record of a stage that ran before."""
+        path = self._path(name)
+        if not path.is_file():
+            raise RequestError(f"{self.folder} lacks the result of {name}: run that stage first")
+        record = read_json(path)
+        kinds = {"name": str, "key": str, "needs": dict, "stage": dict, "rows": dict}
+        whole = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+        if not whole or record["name"] != name or name.split("/")[0] not in KINDS:
+            raise RequestError(f"{path} is no record of a stage: remove it and run that stage again")
+        record.setdefault("id", record["key"])
+        return dict(record)
 
     def rows(self, name: str) -> dict[str, Any]:
         """Give the rows of a stage that ran before.
@@ -198,10 +225,7 @@ class Run:
         Raises:
             RequestError: it has not run.
         """
-        path = self.folder / "stages" / f"{name}.json"
-        if not path.is_file():
-            raise RequestError(f"{self.folder} lacks the result of {name}: run that stage first")
-        return dict(read_json(path)["rows"])
+        return dict(self._record(name)["rows"])
 
     def records(self) -> list[dict[str, Any]]:
         """Read the stage records that are not stale, in the order of the report.
@@ -209,14 +233,13 @@ class Run:
         Returns:
             list[dict[str, Any]]: one per finished stage.
         """
-        found = {}
-        for path in sorted((self.folder / "stages").rglob("*.json")):
-            record = read_json(path)
-            found[record["name"]] = record
+        folder = self.folder / "stages"
+        names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.json"))]
+        found = {name: self._record(name) for name in names}
 
         def fresh(record: dict[str, Any]) -> bool:
             inputs = record["needs"].items()
-            return all(n in found and found[n]["key"] == key and fresh(found[n]) for n, key in inputs)
+            return all(n in found and found[n]["id"] == made and fresh(found[n]) for n, made in inputs)
 
         def place(record: dict[str, Any]) -> tuple[int, str]:
             return KINDS.index(record["name"].split("/")[0]), record["name"]

@@ -27,6 +27,7 @@ from vlprune.models.family import apply_masks, fingerprint, masks_for
 from vlprune.progress import track
 from vlprune.pruning import Layer, Pruned, get_method, prune_layers_at
 from vlprune.pruning.masks import load_masks, save_masks, sparsity_summary
+from vlprune.pruning.patterns import Pattern
 from vlprune.pruning.statistics import InputNorms, load_statistics, save_statistics
 from vlprune.run import Run
 from vlprune.runtime.session import load_graphs
@@ -103,8 +104,16 @@ class Stages:
         """Find what is wrong with the request before any work: the model, its tasks, their data.
 
         Args:
-            prunes: calibration data are needed, too, unless statistics are there.
+            prunes: the pattern must fit, and calibration data are needed, unless statistics are there; else the masks
+                must be there.
         """
+        if prunes:
+            pattern = Pattern.parse(self.recipe["pattern"])
+            for layer in self.model.layers():
+                pattern.check_shape(layer.name, layer.weight.shape)
+        else:
+            for ratio in self.recipe["ratios"]:
+                self.pruned(ratio)
         for task in self.tasks:
             if task in self.recipe["data"]:
                 self.data(task, "test")
@@ -144,7 +153,7 @@ class Stages:
         """Name a pruned variant; patterns are spelled so that the name can be a folder."""
         pattern = self.recipe["pattern"]
         suffix = "" if pattern == "unstructured" else "-" + pattern.replace(":", "of")
-        return f"{self.recipe['method']}-{ratio:g}{suffix}"
+        return f"{self.recipe['method']}-{ratio}{suffix}"
 
     def data(self, task: str, split: str) -> CaptionData | VqaData:
         """Open the data of a task once; the test split is limited to `samples`."""
