@@ -101,6 +101,7 @@ def test_options_that_do_not_exist(fails: Fails, small_models: dict[str, Path], 
     assert "did you mean multiflow" in fails(2, *command, "--method", "multiflo")
     assert "--pattern" in fails(2, *command, "--pattern", "4:2")
     assert "0.5" in fails(2, *command, "--pattern", "1:4")  # keeps a quarter, not a half
+    assert "which pattern 7x5 does not divide" in fails(2, *command, "--pattern", "7x5")
     assert "unknown provider 'gpu'" in fails(2, *command, "--provider", "gpu")
     assert "--data" in fails(2, *command, "--data", "captioning")
     assert "did you mean captioning" in fails(2, *command, "--data", "caption=x")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vlprune import files, pipeline, stages
 from vlprune.cli.main import main
@@ -552,9 +552,65 @@ def test_a_run_with_other_masks_is_not_resumed_from_them(small_models: dict[str,
     first = masks_of(run)
     prune(ratios=[0.5])
     assert masks_of(run) == first
-    report = prune(ratios=[0.5, 0.6], seed=1)
-    assert masks_of(run)["random-0.5.safetensors"] != first["random-0.5.safetensors"]
-    assert [row["id"] for row in report["variants"]] == ["dense", "random-0.5", "random-0.6"]
+    report = prune(ratios=[0.5, 0.6, 0.6000001])  # names that differ in the seventh digit only
+    assert masks_of(run)["random-0.5.safetensors"] == first["random-0.5.safetensors"]
+    assert [row["id"] for row in report["variants"]] == ["dense", "random-0.5", "random-0.6", "random-0.6000001"]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for other in ({"seed": 1}, {"image_size": 48}, {"model": str(small_models["retrieval"])}):
+        options: dict[str, Any] = {"model": str(small_models["vqa"]), "output": run, "method": "random", **other}
+        with pytest.raises(
+            RequestError, match=f"{run} holds a run with {next(iter(other))} = .*--resume continues only"
+        ):
+            pipeline.prune(ratios=[0.5], resume=True, **options, **HERE)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    for wrong in ([], [0.5, 0.5]):
+        with pytest.raises(RequestError, match="at least one, and none twice"):
+            prune(ratios=wrong)
+
+
+def test_results_of_data_that_have_changed_leave_the_report(
+    small_models: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """Only the user knows that a file has changed: a verb without --resume runs again, and outdates what follows."""
+    copy, run = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
+    report = compress(
+        small_models["captioning"], run, copy, "captioning", ratios=[0.5], max_steps=1, batch_size=4, export="onnx"
+    )
+    assert len(report["graphs"]) == 4
+    text = (copy / "captions.jsonl").read_text()
+    (copy / "captions.jsonl").write_text(text.replace("color", "blue"))
+    pipeline.finetune(run, max_steps=1, batch_size=4, **HERE)
+    report = read(run)
+    assert report["graphs"] == [] and {row["runtime"] for row in report["metrics"]} == {"pytorch"}
+    with pytest.raises(RequestError, match="finetune/.* has run again since export/.*: run that stage again, too"):
+        pipeline.validate(run, threads=1)
+
+
+def test_other_weights_under_the_same_name(small_models: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    model, run = shutil.copytree(small_models["captioning"], tmp_path / "model"), tmp_path / "run"
+    pipeline.prune(str(model), output=run, ratios=[0.5], method="omp", **HERE)
+    tensors = load_file(model / "model.safetensors")
+    tensors["vision_model.encoder.layers.0.mlp.fc1.weight"] += 1
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RequestError, match="was made for other weights than .*: prune again"):
+        pipeline.finetune(run, data={"captioning": str(photos)}, **HERE)
+    assert not list((run / "stages").glob("score"))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"name": "x", "key": "", "needs": {}, "stage": {}, "rows": {}}']
+)
+def test_a_spoiled_record_is_named(small_models: dict[str, Path], tmp_path: Path, content: str) -> None:
+    run = tmp_path / "run"
+    prune = partial(pipeline.prune, str(small_models["vqa"]), output=run, ratios=[0.5], method="omp", **HERE)
+    prune()
+    record = run / "stages" / "prune" / "omp.json"
+    record.write_text(content)
+    with pytest.raises(RequestError) as caught:
+        prune(resume=True)
+    assert str(record) in str(caught.value) and "\n" not in str(caught.value)
+    prune()
+    read(run)
 
 
 # --- reopened runs ----------------------------------------------------------------------------------------------------
