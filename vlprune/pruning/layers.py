@@ -69,7 +69,7 @@ def _checked(layer: Layer, needs_norm: bool) -> Layer:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
         found = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise RequestError(f"layer {layer.name!r}: the weight is {found}, a floating-point [out, in] matrix is needed")
-    weight = weight.detach().to(torch.float32).contiguous()
+    weight = weight.detach().to(torch.float32)
     _finite(weight, layer.name, "weight")
     if not needs_norm:
         return Layer(layer.name, layer.modality, weight)
