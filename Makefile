@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/vlprune compress blip-tiny --ratio 0.9 --export onnx --output demo
+	$(BIN)/vlprune compress blip-tiny --ratio 0.9 --export onnx --samples 200 --bench-batch 1 --output demo
 
 test: setup
 	$(BIN)/python -m pytest -q

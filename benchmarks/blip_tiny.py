@@ -32,7 +32,7 @@ WEIGHTS = Path(__file__).parents[1] / "vlprune" / "models" / "weights" / "blip-t
 OPTIONS = {
     "retrieval": {"rerank": 8},
     "captioning": {"max_length": 24},
-    "finetune": {"lr": 1e-3, "max_steps": 300, "batch_size": 64},
+    "finetune": {"lr": 1e-3, "max_steps": 100, "batch_size": 32},
 }
 WIDTH, VISION_LAYERS, TEXT_LAYERS, HEAD, PATCH = 192, 4, 3, 32, 16
 
