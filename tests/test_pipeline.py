@@ -364,7 +364,7 @@ def run_and_kill(work: Callable[[], object], prepare: Callable[[Hook], None]) ->
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
-    process.join(120)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL, "it was to be killed on the way"
 
 
@@ -450,7 +450,7 @@ def test_a_killed_process_resumes(finished: Path, small_models: dict[str, Path],
     command += ["--ratio", "0.5,0.9", "--calibration", str(photos), "--data", f"captioning={photos}"]
     command += ["--max-steps", "2", "--lr", "3e-3", "--batch-size", "4", "--threads", "1", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (run / "stages" / "finetune" / "dense-finetuned" / "captioning.json").is_file():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.002)
@@ -628,16 +628,21 @@ def test_a_spoiled_record_is_named(small_models: dict[str, Path], tmp_path: Path
         ("pattern", "4:2", "pattern"),
         ("model", "nowhere.pth", "there is no file or folder nowhere.pth"),
         ("finetune", None, "finetune = None"),
-        (None, None, "is no recipe of vlprune"),
+        ("seed", None, "is no recipe of vlprune"),
+        ("samples", None, "does not tell samples"),
     ],
 )
 def test_a_spoiled_recipe_is_refused(
-    small_models: dict[str, Path], photos: Path, tmp_path: Path, key: str | None, value: Any, says: str
+    small_models: dict[str, Path], photos: Path, tmp_path: Path, key: str, value: Any, says: str
 ) -> None:
     run = tmp_path / "run"
     pipeline.prune(str(small_models["vqa"]), output=run, ratios=[0.5], method="omp", **HERE)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"data": {"vqa": str(photos)}}
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {key: value} if key else {"seed": 0}))
+    if value is None and key != "finetune":
+        del recipe[key]
+    else:
+        recipe[key] = value
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(RequestError) as caught:
         pipeline.finetune(run, finetune="none", **HERE)
     assert says in str(caught.value) and "\n" not in str(caught.value)

@@ -428,6 +428,7 @@ def _reopen(
 ) -> Stages:
     """Open a run for one of its later stages; what the verb was told becomes part of its recipe."""
     run = Run.open(Path(folder), resume)
+    run.check_recipe()
     recipe = run.recipe
     recipe.update({key: value for key, value in changes.items() if value is not None or key not in recipe})
     recipe["data"] = recipe["data"] | (data or {})

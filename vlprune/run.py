@@ -93,9 +93,9 @@ class Run:
         if resume and (folder / "recipe.yaml").is_file():
             earlier = cls.open(folder, resume).recipe
             for key in ("model", "family", "image_size", "seed"):
-                if earlier[key] != recipe[key]:
+                if (other := earlier.get(key)) != recipe[key]:
                     raise RequestError(
-                        f"{folder} holds a run with {key} = {earlier[key]!r:.200}, --resume continues only that one: "
+                        f"{folder} holds a run with {key} = {other!r:.200}, --resume continues only that one: "
                         "leave it out to start afresh, or choose another --output"
                     )
         return cls(folder, recipe, resume)
@@ -129,12 +129,22 @@ class Run:
             recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise RequestError(f"{path} cannot be read: is {folder} a run directory?") from error
-        if not isinstance(recipe, dict) or not RECIPE.keys() <= recipe.keys():
+        if not isinstance(recipe, dict) or not {"model", "method", "ratios", "seed"} <= recipe.keys():
             raise RequestError(f"{path} is no recipe of vlprune: is {folder} a run directory?")
-        for key, kinds in RECIPE.items():
-            if not isinstance(recipe[key], kinds):
-                raise RequestError(f"{path}: {key} = {recipe[key]!r:.60} is of the wrong kind: prune again")
         return cls(Path(folder), recipe, resume)
+
+    def check_recipe(self) -> None:
+        """Make sure that the recipe as read has all that a stage needs.
+
+        Raises:
+            RequestError: an option is missing or of the wrong kind.
+        """
+        path = self.folder / "recipe.yaml"
+        for key, kinds in RECIPE.items():
+            if key not in self.recipe:
+                raise RequestError(f"{path} does not tell {key}: prune again")
+            if not isinstance(self.recipe[key], kinds):
+                raise RequestError(f"{path}: {key} = {self.recipe[key]!r:.60} is of the wrong kind: prune again")
 
     def write_recipe(self) -> None:
         """Write `recipe.yaml`; first remove what a killed run was writing (see `vlprune.files.atomic_path`)."""

@@ -90,8 +90,11 @@ def test_prune_knows_no_task(pipeline: Any, tmp_path: Path) -> None:
     assert "data" not in options
 
 
-def test_inspect_prints_fields(pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline.result = {"kind": "masks", "modalities": {"text": 0.9}, "layers": [{"name": "a[0]", "sparsity": 0.5}]}
+def test_inspect_prints_fields(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"kind": "masks", "modalities": {"text": 0.9}, "layers": [{"name": "a[0]", "sparsity": 0.5}]}
+    monkeypatch.setattr("vlprune.inspect.inspect", lambda path: found)
     assert main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "kind: masks" in out
@@ -276,7 +279,7 @@ def test_completion_offers_options_and_values() -> None:
 
 def test_every_verb_fits_the_library(pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the verbs pass is exactly what the functions of vlprune.pipeline take."""
-    (tmp_path / "recipe.yaml").write_text("seed: 0\n")
+    (tmp_path / "recipe.yaml").write_text("{model: blip-tiny, method: omp, ratios: [0.5], seed: 0}")
     run = str(tmp_path)
     for verb in ("compress", "prune"):
         assert main([verb, "a/b", "--output", run, "--json"]) == 0
