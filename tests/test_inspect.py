@@ -19,7 +19,8 @@ from vlprune.inspect import inspect
 from vlprune.models.blip import Blip, new
 from vlprune.models.family import Source
 from vlprune.models.processor import Processor, word_tokenizer
-from vlprune.pruning import Pruned, save_masks, save_statistics
+from vlprune.pruning import Pruned, save_masks, save_statistics, tensorfile
+from vlprune.pruning.masks import KIND
 
 
 MASK_METADATA = {"method": "multiflow", "ratio": 0.75, "pattern": "unstructured", "seed": 3, "model": "abc"}
@@ -291,7 +292,8 @@ def external(location: str, offset: int = 0, dims: tuple[int, ...] = (4, 4)) -> 
 
 
 def masks_with(path: Path, **metadata: Any) -> None:
-    save_masks(path, Pruned({"a": torch.ones(1, 2) > 0}), {**MASK_METADATA, **metadata})
+    header = {"shapes": {"a": [1, 2]}, "metadata": {**MASK_METADATA, **metadata}}  # save_masks would refuse bad ones
+    tensorfile.write(path, KIND, {"mask/a": torch.tensor([0b11000000], dtype=torch.uint8)}, header)
 
 
 def truncated(path: Path) -> None:
