@@ -350,7 +350,8 @@ class Blip(nn.Module):
         for prefix in ("text_encoder", "text_decoder.bert"):
             if prefix.split(".")[0] not in self.parts:
                 continue
-            for i, layer in enumerate(self.get_submodule(prefix).encoder.layer):
+            tower: Any = self.get_submodule(prefix)
+            for i, layer in enumerate(tower.encoder.layer):
                 for block in ("attention", "crossattention"):
                     for path in ("self.query", "self.key", "self.value", "output.dense"):
                         from_image = block == "crossattention" and path in ("self.key", "self.value")

@@ -36,7 +36,7 @@ class PrunableLayer:
     tokens: Literal["vision", "text"]
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The shared weight [out, in]."""
         return self.modules[0].weight
 

@@ -94,8 +94,8 @@ def load_folder(folder: Path, name: str, image_size: int | None) -> Blip:
     try:
         config = BlipConfig.from_dict(raw)
         text, vision = config.text_config, config.vision_config
-        sizes = (text.vocab_size, text.bos_token_id, text.hidden_size, text.num_hidden_layers)
-        sizes += (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers)
+        sizes = [text.vocab_size, text.bos_token_id, text.hidden_size, text.num_hidden_layers]
+        sizes += [vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers]
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError("sizes and token ids must be positive integers")
     except Exception as error:  # transformers raises many kinds for a broken config

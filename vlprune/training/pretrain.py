@@ -109,7 +109,7 @@ def pretrain(
             order = rng.permutation(len(pixels))
         rows, order = order[:batch_size], order[batch_size:]
         chosen = [captions.captions[i][rng.integers(len(captions.captions[i]))] for i in rows]
-        batch = model.caption_batch(model.processor.normalise(pixels[rows]), chosen, rows)
+        batch = model.caption_batch(model.processor.normalise(pixels[rows]), chosen, rows.tolist())
         if augment is not None:
             batch["pixel_values"] = augment(batch["pixel_values"], generator)
         with torch.autocast(model.device.type, torch.bfloat16):
@@ -121,7 +121,7 @@ def pretrain(
                 where = np.searchsorted(images, [q.image for q in some])
                 batch = model.vqa_batch(
                     model.processor.normalise(asked[images]),
-                    where,
+                    where.tolist(),
                     [q.question for q in some],
                     [q.answers for q in some],
                 )
