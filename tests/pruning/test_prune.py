@@ -1,5 +1,7 @@
 """prune_layers: what it refuses, what it promises."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from vlprune.errors import RequestError
 from vlprune.pruning import METHODS, Layer, get_method, prune_layers, prune_layers_at, sparsity_summary
+from vlprune.pruning.parallel import side_by_side
 
 
 def model(seed: int = 0, count: int = 6) -> list[Layer]:
@@ -72,6 +75,23 @@ def test_the_same_bits_for_any_number_of_threads(method):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_the_number_of_threads_is_as_before():
+    def seen_by_a_new_thread() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        prune_layers(model(0))
+        assert torch.get_num_threads() == 3 == seen_by_a_new_thread()
+        with pytest.raises(RequestError):
+            side_by_side(get_method, ["omp", "nonsense", "omp"])
+        assert torch.get_num_threads() == 3 == seen_by_a_new_thread()
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

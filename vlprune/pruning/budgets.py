@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlprune.errors import RequestError
 from vlprune.pruning.exact import grid
+from vlprune.pruning.parallel import side_by_side
 from vlprune.pruning.selection import BUCKETS, EDGES, between, buckets_of
 
 
@@ -74,23 +75,16 @@ def layer_counts(
     Returns:
         list[list[int]]: per count, per layer, how many units it loses.
     """
-    spreads = [_Spread.of(magnitude(), across) for magnitude in magnitudes]
-    brackets = [_bracket(spreads, count) if count else None for count in counts]
+    spreads = side_by_side(lambda magnitude: _Spread.of(magnitude(), across), magnitudes)
+    brackets = [_bracket(spreads, count) for count in counts if count]
 
-    candidates: list[list[Floats]] = [[] for _ in counts]  # per count, per layer: sorted scores inside the bracket
-    below: list[list[int]] = [[] for _ in counts]  # per count, per layer: units that are surely removed
-    for spread, magnitude in zip(spreads, magnitudes, strict=True):
-        values = magnitude()
-        for c, bracket in enumerate(brackets):
-            if bracket:
-                surely, scores = spread.inside(values, *bracket)
-                below[c].append(surely)
-                candidates[c].append(scores)
+    def inside(pair: tuple[_Spread, Callable[[], Tensor]]) -> list[tuple[int, Floats]]:
+        spread, values = pair[0], pair[1]()
+        return [spread.inside(values, *bracket) for bracket in brackets]
 
-    shared = []
-    for c, count in enumerate(counts):
-        shared.append(_share(candidates[c], below[c], count) if count else [0] * len(magnitudes))
-    return shared
+    per_layer = side_by_side(inside, zip(spreads, magnitudes, strict=True))
+    per_count = iter(zip(*per_layer, strict=True))
+    return [_share(next(per_count), count) if count else [0] * len(magnitudes) for count in counts]
 
 
 def _bracket(spreads: Sequence["_Spread"], count: int) -> tuple[float, float]:
@@ -104,7 +98,8 @@ def _bracket(spreads: Sequence["_Spread"], count: int) -> tuple[float, float]:
     return bracket[0], bracket[1]
 
 
-def _share(candidates: Sequence[Floats], below: Sequence[int], count: int) -> list[int]:
+def _share(insides: Sequence[tuple[int, Floats]], count: int) -> list[int]:
+    below, candidates = zip(*insides, strict=True)
     rank = count - sum(below)
     threshold = np.partition(np.concatenate(candidates), rank - 1)[rank - 1]
     less = [int(np.searchsorted(scores, threshold, "left")) for scores in candidates]

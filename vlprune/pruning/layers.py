@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vlprune.errors import RequestError
+from vlprune.pruning.parallel import side_by_side
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +57,11 @@ def checked(layers: Sequence[Layer], needs: frozenset[str] = frozenset()) -> lis
     """
     if not layers:
         raise RequestError("no layers to prune: the model has no prunable linear layer")
-    ready: dict[str, Layer] = {}
-    for layer in layers:
-        if layer.name in ready:
-            raise RequestError(f"layer {layer.name!r} is given twice: weights shared between modules are one layer")
-        ready[layer.name] = _checked(layer, "input_norm" in needs)
-    return list(ready.values())
+    names = [layer.name for layer in layers]
+    if len(set(names)) != len(names):
+        name = next(name for name in names if names.count(name) > 1)
+        raise RequestError(f"layer {name!r} is given twice: weights shared between modules are one layer")
+    return side_by_side(lambda layer: _checked(layer, "input_norm" in needs), layers)
 
 
 def _checked(layer: Layer, needs_norm: bool) -> Layer:

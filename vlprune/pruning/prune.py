@@ -13,6 +13,7 @@ from vlprune.pruning.budgets import checked_ratio, count_of, layer_counts
 from vlprune.pruning.layers import Layer, Pruned, checked
 from vlprune.pruning.masks import pack, unpack
 from vlprune.pruning.methods import Method, get_method
+from vlprune.pruning.parallel import side_by_side
 from vlprune.pruning.patterns import Pattern
 
 
@@ -93,13 +94,15 @@ def _prune(
     layers: list[Layer], method: Method, ratios: list[float], pattern: Pattern, seed: int
 ) -> Iterator[tuple[float, Pruned]]:
     counts = _counts(layers, method, ratios, pattern, seed)
-    packed: list[dict[str, NDArray[np.uint8]]] = [{} for _ in ratios]
-    for index, layer in enumerate(layers):
-        scores = method.score(layer, seed)
-        for bits, mask in zip(packed, pattern.masks(scores, [count[index] for count in counts]), strict=True):
-            bits[layer.name] = pack(mask)
-    for ratio, bits in zip(ratios, packed, strict=True):
-        yield ratio, Pruned({x.name: unpack(bits.pop(x.name), x.weight.shape).to(x.weight.device) for x in layers})
+
+    def cut(index: int) -> list[NDArray[np.uint8]]:
+        scores = method.score(layers[index], seed)
+        return [pack(mask) for mask in pattern.masks(scores, [count[index] for count in counts])]
+
+    packed = side_by_side(cut, range(len(layers)))  # per layer, per ratio
+    for r, ratio in enumerate(ratios):
+        masks = {x.name: unpack(bits[r], x.weight.shape) for x, bits in zip(layers, packed, strict=True)}
+        yield ratio, Pruned({x.name: masks.pop(x.name).to(x.weight.device) for x in layers})
 
 
 def _counts(layers: list[Layer], method: Method, ratios: list[float], pattern: Pattern, seed: int) -> list[list[int]]:
