@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vlprune.models import loading
 from vlprune.pruning.masks import load_masks
 from vlprune.report.manifest import verify_manifest
 from vlprune.run import Run
+from vlprune.training import finetune
 
 
 HERE = ["--device", "cpu", "--threads", "1"]
@@ -548,8 +550,9 @@ def test_a_disk_that_fills_up(
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run, ballast = disk / "run", disk / "ballast"
     command = request(small_models["captioning"], run, photos, "captioning", "--export", "onnx", "--json")
-    command += ["--finetune", "full", "--max-steps", "1", "--bench-batch", "1"]
+    command += ["--finetune", "full", "--max-steps", "2", "--bench-batch", "1"]
     monkeypatch.setattr("vlprune.stages.BENCH_SECONDS", 0.02)
+    monkeypatch.setattr("vlprune.stages.finetune", partial(finetune.finetune, save_seconds=0))
 
     def fill(kept: int) -> None:
         if not ballast.exists():
