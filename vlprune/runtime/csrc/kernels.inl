@@ -1,0 +1,508 @@
+// The kernels, written once for every instruction set. A file that includes this defines before, in an unnamed
+// namespace (so that the linker never mixes code of two instruction sets):
+//
+//   constexpr int W; Lanes                  floats of a vector; Sequence<0, ..., W - 1>
+//   F                                       vector of W floats;  I: of W int32;  FU: F without alignment
+//   struct Quad; Quad quad(const float*), quad(const uint16_t*)   four weights, halves widened
+//   template <int U> F lane(Quad)           weight U in every lane
+//   constexpr int kVectors, kVectorsGrouped, kRowTokens           see KernelSet
+//   constexpr int kChains                   independent additions that keep the processor busy
+//   constexpr int kHeadRows, kHeadVectors   the block of the attention products that fits the registers
+//   F at_least(F, float)                    maximum; NaN stays
+//   F scaled(F p, F n)                      p 2^n for whole n in [-150, 128], infinity and subnormals included
+//   F reciprocal(F)                         1 / x to 2e-7 for normal x whose reciprocal is normal; NaN stays
+//
+// No function of the standard library is called that might be inlined here and shared with other files.
+
+// --- vectors ----------------------------------------------------------------------------------------------------------
+
+inline F load(const float* p) { return *reinterpret_cast<const FU*>(p); }
+inline void store(float* p, F v) { *reinterpret_cast<FU*>(p) = v; }
+inline F all(float v) { return F{} + v; }
+
+// Floats of a row that are fetched ahead where rows lie too far apart for the processor to do it.
+constexpr int64_t kAhead = 64;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline float widen(float v) { return v; }
+inline float widen(uint16_t half) {
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#else
+  // The exponent of a half ends 112 below that of a float; multiplying also puts subnormal halves right.
+  uint32_t bits = (half & 0x7fffu) << 13;
+  if (bits >= 0x0f800000u) bits += 0x70000000u;  // infinity, NaN
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  if (bits < 0x0f800000u) value *= 5.192296858534828e33f;  // 2^112
+  return half & 0x8000u ? -value : value;
+#endif
+}
+
+// e^x to about 1 ulp; infinity, zero and NaN as they should be.
+inline F exponential(F x) {
+  x = at_least(x, -104.f);
+  x = -at_least(-x, -89.f);
+  const F magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const F n = (x * 1.44269504088896341f + magic) - magic;
+  const F r = x - n * 0.693145751953125f - n * 1.42860682030941723e-6f;
+  F p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return scaled(p * r * r + r + 1.f, n);
+}
+
+inline F activated(F x, int activation) {
+  switch (activation) {
+    case kRelu:
+      return x < 0.f ? F{} : x;  // NaN stays
+    case kQuickGelu:
+      return x / (exponential(x * -1.702f) + 1.f);
+    case kGeluTanh:  // 0.5 (1 + tanh u) = 1 / (1 + e^-2u)
+      return x / (exponential(x * (x * x * 0.044715f + 1.f) * -1.5957691216057308f) + 1.f);
+    case kGelu: {
+      // x (1 + erf(x / sqrt 2)) / 2 by formula 7.1.26 of Abramowitz and Stegun (error of erf below 1.5e-7), which gives
+      // 1 - erf: negative x then lose nothing by cancellation.
+      const F z = -at_least((x < 0.f ? x : -x) * 0.70710678118654752f, -20.f);
+      const F t = reciprocal(z * 0.3275911f + 1.f);
+      F p = t * 1.061405429f - 1.453152027f;
+      p = p * t + 1.421413741f;
+      p = p * t - 0.284496736f;
+      p = p * t + 0.254829592f;
+      const F tail = p * t * exponential(-z * z) * 0.5f;
+      return x * (x < 0.f ? tail : 1.f - tail);
+    }
+    default:
+      return x;
+  }
+}
+
+// --- transposes -------------------------------------------------------------------------------------------------------
+
+
+// Rows i and i + W/2 are interleaved, log2(W) times: a transposed block.
+template <int... L>
+inline void zip(F a, F b, F* low, F* high, Sequence<L...>) {
+  *low = __builtin_shufflevector(a, b, (L / 2 + L % 2 * W)...);
+  *high = __builtin_shufflevector(a, b, (L / 2 + W / 2 + L % 2 * W)...);
+}
+
+inline void transpose_block(F (&block)[W]) {
+  F other[W];
+  for (int stage = 1; stage < W; stage *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) zip(block[i], block[i + W / 2], &other[2 * i], &other[2 * i + 1], Lanes());
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) block[i] = other[i];
+  }
+}
+
+// `count` < W floats of a row, zeros after them.
+inline F load_part(const float* p, int64_t count) {
+  float part[W] = {};
+  __builtin_memcpy(part, p, count * sizeof(float));
+  return load(part);
+}
+
+inline void store_part(float* p, F v, int64_t count) {
+  float part[W];
+  store(part, v);
+  __builtin_memcpy(p, part, count * sizeof(float));
+}
+
+void transpose(const float* x, int64_t K, int tokens, int vectors, int64_t k0, int64_t k1, float* tile) {
+  const int side = vectors * W;
+  for (int v = 0; v < vectors; ++v) {
+    const int rows = tokens - v * W < W ? tokens - v * W : W;
+    for (int64_t k = k0; k < k1; k += W) {
+      const int64_t width = least(W, k1 - k);
+      const float* from = x + v * W * K + k;
+      F block[W];
+      if (rows == W && width == W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          __builtin_prefetch(from + i * K + kAhead);
+          block[i] = load(from + i * K);
+        }
+      } else {
+        for (int i = 0; i < W; ++i) block[i] = i < rows ? load_part(from + i * K, width) : F{};
+      }
+      transpose_block(block);
+      float* to = tile + k * side + v * W;
+      for (int64_t i = 0; i < width; ++i) store(to + i * side, block[i]);
+    }
+  }
+}
+
+// --- sparse x dense ---------------------------------------------------------------------------------------------------
+
+template <int NV>
+inline void add_product(F (&sum)[NV], F weight, const float* x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < NV; ++i) sum[i] += weight * load(x + i * W);
+}
+
+// One column block of a panel, each row by itself: sums [rows, NV * W] += weights x tile. In the first block the sums
+// start at the bias. Four weights are loaded at once and spread within registers, because a load that spreads costs as
+// much as a load of x, and loads are what bounds this loop. With few vectors per token tile, the sums of successive
+// weights are kept apart, so that no addition waits for the one before.
+template <int NV, class T>
+void rows_of_block(const float* tile, float* sums, const T* values, const uint8_t* indices, const uint8_t* rows,
+                   const uint16_t* counts, int n, bool first, const float* bias) {
+  constexpr int kApart = NV * 4 <= kChains ? 4 : NV * 2 <= kChains ? 2 : 1;
+  constexpr int64_t side = NV * W;
+  for (int r = 0; r < n; ++r) {
+    const int row = rows[r];
+    float* out = sums + row * side;
+    F sum[kApart][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; ++i) sum[0][i] = first ? all(bias ? bias[row] : 0.f) : load(out + i * W);
+#pragma GCC unroll 4
+    for (int a = 1; a < kApart; ++a)
+#pragma GCC unroll 16
+      for (int i = 0; i < NV; ++i) sum[a][i] = F{};
+    const int count = counts[r];
+    for (const T* end = values + (count & ~3); values != end; values += 4, indices += 4) {
+      uint32_t four;
+      __builtin_memcpy(&four, indices, 4);
+      const Quad w = quad(values);
+      add_product<NV>(sum[0], lane<0>(w), tile + (four & 255) * side);
+      add_product<NV>(sum[1 % kApart], lane<1>(w), tile + (four >> 8 & 255) * side);
+      add_product<NV>(sum[2 % kApart], lane<2>(w), tile + (four >> 16 & 255) * side);
+      add_product<NV>(sum[3 % kApart], lane<3>(w), tile + (four >> 24) * side);
+    }
+    for (int rest = count & 3; rest; --rest, ++values, ++indices)
+      add_product<NV>(sum[0], all(widen(*values)), tile + *indices * side);
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; ++i) {
+      F total = sum[0][i];
+#pragma GCC unroll 4
+      for (int a = 1; a < kApart; ++a) total += sum[a][i];
+      store(out + i * W, total);
+    }
+  }
+}
+
+// The same for groups of four rows that share their columns: a load of x serves all four.
+template <int NV, class T>
+void groups_of_block(const float* tile, float* sums, const T* values, const uint8_t* indices, const uint8_t* groups,
+                     const uint16_t* counts, int n, bool first, const float* bias) {
+  constexpr int64_t side = NV * W;
+  for (int r = 0; r < n; ++r) {
+    const int row = 4 * groups[r];
+    float* out = sums + row * side;
+    F sum[4][NV];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g)
+#pragma GCC unroll 16
+      for (int i = 0; i < NV; ++i)
+        sum[g][i] = first ? all(bias ? bias[row + g] : 0.f) : load(out + g * side + i * W);
+    for (const uint8_t* end = indices + counts[r]; indices != end; ++indices, values += 4) {
+      const float* x = tile + *indices * side;
+      const Quad w = quad(values);
+      add_product<NV>(sum[0], lane<0>(w), x);
+      add_product<NV>(sum[1], lane<1>(w), x);
+      add_product<NV>(sum[2], lane<2>(w), x);
+      add_product<NV>(sum[3], lane<3>(w), x);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g)
+#pragma GCC unroll 16
+      for (int i = 0; i < NV; ++i) store(out + g * side + i * W, sum[g][i]);
+  }
+}
+
+// Sums of a panel [n, vectors * W], features by tokens -> y, tokens by features, activated, residual added.
+void finish(const SparseWeights& w, int64_t n0, int64_t n, const float* sums, int tokens, int vectors,
+            const float* residual, float* y) {
+  const int side = vectors * W;
+  for (int64_t row = 0; row < n; row += W) {
+    const int64_t width = least(W, n - row);
+    for (int v = 0; v < vectors; ++v) {
+      const int rows = tokens - v * W < W ? tokens - v * W : W;
+      F block[W];
+      const float* from = sums + row * side + v * W;
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) block[i] = i < width ? load(from + i * side) : F{};
+      if (w.activation != kNone)
+        for (int i = 0; i < W; ++i) block[i] = activated(block[i], w.activation);
+      transpose_block(block);
+      const int64_t at = v * W * w.N + n0 + row;
+      if (width == W) {
+        for (int i = 0; i < rows; ++i) {
+          F out = block[i];
+          if (residual) out += load(residual + at + i * w.N);
+          store(y + at + i * w.N, out);
+        }
+      } else {
+        for (int i = 0; i < rows; ++i) {
+          F out = block[i];
+          if (residual) out += load_part(residual + at + i * w.N, width);
+          store_part(y + at + i * w.N, out, width);
+        }
+      }
+    }
+  }
+}
+
+template <int NV, class T>
+void panel_of(const SparseWeights& w, int64_t panel, const float* tile, int tokens, float* y, float* sums) {
+  const int64_t blocks = (w.K + w.block - 1) / w.block, n0 = panel * w.panel;
+  const int n = static_cast<int>(least(w.panel, w.N - n0)) / w.group;
+  const int64_t lists = (n0 / w.group) * blocks;  // entries of `rows` and `counts` before this panel
+  const float* bias = w.bias ? w.bias + n0 : nullptr;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t start = w.offsets[panel * blocks + b], list = lists + b * n;
+    const T* values = static_cast<const T*>(w.values) + start * w.group;
+    const float* x = tile + b * w.block * NV * W;
+    // The outputs are fetched meanwhile, or the stores at the end would wait for them.
+    for (int64_t t = tokens * b / blocks; t < tokens * (b + 1) / blocks; ++t)
+      for (int i = 0; i < n * w.group; i += 16) __builtin_prefetch(y + t * w.N + n0 + i, 0, 2);
+    if constexpr (NV <= kVectorsGrouped) {
+      if (w.group == 4) {
+        groups_of_block<NV, T>(x, sums, values, w.indices + start, w.rows + list, w.counts + list, n, b == 0, bias);
+        continue;
+      }
+    }
+    rows_of_block<NV, T>(x, sums, values, w.indices + start, w.rows + list, w.counts + list, n, b == 0, bias);
+  }
+}
+
+template <int NV>
+void panel_for(const SparseWeights& w, int64_t panel, const float* tile, int tokens, int vectors, float* y,
+               float* sums) {
+  if constexpr (NV > 0) {
+    if (vectors != NV) return panel_for<NV - 1>(w, panel, tile, tokens, vectors, y, sums);
+    return w.half ? panel_of<NV, uint16_t>(w, panel, tile, tokens, y, sums)
+                  : panel_of<NV, float>(w, panel, tile, tokens, y, sums);
+  }
+}
+
+void panel(const SparseWeights& w, int64_t panel, const float* tile, int tokens, int vectors, const float* residual,
+           float* y, float* sums) {
+  panel_for<kVectors>(w, panel, tile, tokens, vectors, y, sums);
+  const int64_t n0 = panel * w.panel;
+  finish(w, n0, least(w.panel, w.N - n0), sums, tokens, vectors, residual, y);
+}
+
+// --- one token --------------------------------------------------------------------------------------------------------
+
+// A gather of W floats costs about as much as W loads on most processors, so plain loads it is.
+template <class T>
+inline float dot(const T* values, const uint8_t* indices, int count, const float* x) {
+  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  int i = 0;
+  for (; i + 4 <= count; i += 4) {
+    s0 += widen(values[i]) * x[indices[i]];
+    s1 += widen(values[i + 1]) * x[indices[i + 1]];
+    s2 += widen(values[i + 2]) * x[indices[i + 2]];
+    s3 += widen(values[i + 3]) * x[indices[i + 3]];
+  }
+  for (; i < count; ++i) s0 += widen(values[i]) * x[indices[i]];
+  return (s0 + s1) + (s2 + s3);
+}
+
+template <class T>
+void row_of(const SparseWeights& w, int64_t panel, const float* x, float* sums) {
+  const int64_t blocks = (w.K + w.block - 1) / w.block, n0 = panel * w.panel;
+  const int n = static_cast<int>(least(w.panel, w.N - n0)) / w.group;
+  for (int i = 0; i < n * w.group; ++i) sums[i] = w.bias ? w.bias[n0 + i] : 0.f;
+  int64_t start = w.offsets[panel * blocks], list = (n0 / w.group) * blocks;
+  const T* values = static_cast<const T*>(w.values) + start * w.group;
+  const uint8_t* indices = w.indices + start;
+  for (int64_t b = 0; b < blocks; ++b, x += w.block) {
+    for (int r = 0; r < n; ++r, ++list) {
+      const int row = w.rows[list];
+      int count = w.counts[list];
+      if (w.group == 4) {
+        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        for (; count; --count, ++indices, values += 4) {
+          const float at = x[*indices];
+          s0 += widen(values[0]) * at;
+          s1 += widen(values[1]) * at;
+          s2 += widen(values[2]) * at;
+          s3 += widen(values[3]) * at;
+        }
+        float* out = sums + 4 * row;
+        out[0] += s0, out[1] += s1, out[2] += s2, out[3] += s3;
+        continue;
+      }
+      sums[row] += dot(values, indices, count, x);
+      values += count;
+      indices += count;
+    }
+  }
+}
+
+void row(const SparseWeights& w, int64_t panel, const float* x, const float* residual, float* y, float* sums) {
+  if (w.half)
+    row_of<uint16_t>(w, panel, x, sums);
+  else
+    row_of<float>(w, panel, x, sums);
+  const int64_t n0 = panel * w.panel, n = least(w.panel, w.N - n0);
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t width = least(W, n - i);
+    F out = activated(width == W ? load(sums + i) : load_part(sums + i, width), w.activation);
+    if (residual) out += width == W ? load(residual + n0 + i) : load_part(residual + n0 + i, width);
+    if (width == W)
+      store(y + n0 + i, out);
+    else
+      store_part(y + n0 + i, out, width);
+  }
+}
+
+// --- attention --------------------------------------------------------------------------------------------------------
+
+// c [MR, NC * W] = a [MR, depth] b [depth, NC * W], rows lda, ldb, ldc floats apart.
+template <int MR, int NC>
+inline void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+                          int64_t ldc) {
+  F sum[MR][NC];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < NC; ++i) sum[r][i] = F{};
+  for (int64_t k = 0; k < depth; ++k) {
+    F right[NC];
+#pragma GCC unroll 16
+    for (int i = 0; i < NC; ++i) right[i] = load(b + k * ldb + i * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const F left = all(a[r * lda + k]);
+#pragma GCC unroll 16
+      for (int i = 0; i < NC; ++i) sum[r][i] += left * right[i];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < NC; ++i) store(c + r * ldc + i * W, sum[r][i]);
+}
+
+template <int MR, int NC>
+inline void product_columns(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+                            int64_t ldc, int64_t vectors) {
+  if constexpr (NC > 0) {
+    for (; vectors >= NC; vectors -= NC, b += NC * W, c += NC * W) product_block<MR, NC>(a, lda, b, ldb, depth, c, ldc);
+    product_columns<MR, NC - 1>(a, lda, b, ldb, depth, c, ldc, vectors);
+  }
+}
+
+// The same for any number of rows up to kHeadRows and of vectors.
+template <int MR = kHeadRows>
+void product(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+             int64_t ldc, int64_t vectors) {
+  if constexpr (MR > 0) {
+    if (rows != MR) return product<MR - 1>(rows, a, lda, b, ldb, depth, c, ldc, vectors);
+    product_columns<MR, kHeadVectors>(a, lda, b, ldb, depth, c, ldc, vectors);
+  }
+}
+
+inline float total(F v) {
+  float sum = 0;
+  for (int i = 0; i < W; ++i) sum += v[i];
+  return sum;
+}
+
+inline float highest(F v) {
+  float high = v[0];
+  for (int i = 1; i < W; ++i) high = v[i] > high ? v[i] : high;
+  return high;
+}
+
+// Scores of one query [vectors * W, of which tk count] -> e^(score - highest), zeros beyond; returns 1 / their sum.
+float softmax(float* scores, int64_t tk, int64_t vectors) {
+  const float lowest = -__builtin_inff();
+  for (int64_t i = tk; i < vectors * W; ++i) scores[i] = lowest;
+  F high = all(lowest);
+  for (int64_t i = 0; i < vectors; ++i) {
+    const F s = load(scores + i * W);
+    high = s > high ? s : high;
+  }
+  const F most = all(highest(high));
+  F sum = F{};
+  for (int64_t i = 0; i < vectors; ++i) {
+    const F e = exponential(load(scores + i * W) - most);
+    store(scores + i * W, e);
+    sum += e;
+  }
+  for (int64_t i = tk; i < vectors * W; ++i) {  // NaN there, when all scores are -infinity
+    scores[i] = 0;
+  }
+  return 1 / total(sum);
+}
+
+struct HeadSizes {
+  int64_t keys, wide;  // tk and d in whole vectors, as floats
+  explicit HeadSizes(const AttentionShape& s) : keys((s.tk + W - 1) / W * W), wide((s.d + W - 1) / W * W) {}
+};
+
+size_t head_floats(const AttentionShape& s) {
+  const HeadSizes z(s);
+  // keys transposed, values, then for kHeadRows queries: the queries, their scores, their outputs
+  return s.d * z.keys + s.tk * z.wide + kHeadRows * (s.d + z.keys + z.wide);
+}
+
+void head(const AttentionShape& s, const float* q, const float* k, const float* v, const float* bias, float* out,
+          float* memory) {
+  const int64_t apart = s.heads * s.d;  // from a row of `out` to the next
+  if (s.tk == 0) {
+    for (int64_t t = 0; t < s.tq; ++t)
+      for (int64_t i = 0; i < s.d; ++i) out[t * apart + i] = 0;
+    return;
+  }
+  const HeadSizes z(s);
+  float* keys = memory;                    // [d, z.keys]
+  float* values = keys + s.d * z.keys;     // [tk, z.wide]
+  float* queries = values + s.tk * z.wide;  // [kHeadRows, d]
+  float* scores = queries + kHeadRows * s.d;
+  float* outputs = scores + kHeadRows * z.keys;
+
+  // Rows far apart fall on the same lines of the cache: what is read once per query block is copied together first.
+  for (int64_t t = 0; t < s.tk; t += W) {
+    const int64_t rows = least(W, s.tk - t);
+    for (int64_t i = 0; i < s.d; i += W) {
+      const int64_t width = least(W, s.d - i);
+      F block[W];
+      if (rows == W && width == W) {
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) block[j] = load(k + (t + j) * s.k_token + i);
+      } else {
+        for (int j = 0; j < W; ++j) block[j] = j < rows ? load_part(k + (t + j) * s.k_token + i, width) : F{};
+      }
+      transpose_block(block);
+      for (int64_t j = 0; j < width; ++j) store(keys + (i + j) * z.keys + t, block[j]);
+    }
+  }
+  const bool copied = s.tq > kHeadRows || s.d % W;
+  if (copied) {
+    for (int64_t t = 0; t < s.tk; ++t)
+      for (int64_t i = 0; i < s.d; i += W)
+        store(values + t * z.wide + i,
+              s.d - i >= W ? load(v + t * s.v_token + i) : load_part(v + t * s.v_token + i, s.d - i));
+  }
+  const float* right = copied ? values : v;
+  const int64_t right_apart = copied ? z.wide : s.v_token;
+
+  for (int64_t t = 0; t < s.tq; t += kHeadRows) {
+    const int64_t rows = least(kHeadRows, s.tq - t);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < s.d; ++i) queries[r * s.d + i] = s.scale * q[(t + r) * s.q_token + i];
+    product(rows, queries, s.d, keys, z.keys, s.d, scores, z.keys, z.keys / W);
+    float inverse[kHeadRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      if (bias) {
+        const float* add = bias + (t + r) * s.bias_q;
+        for (int64_t i = 0; i < s.tk; ++i) scores[r * z.keys + i] += add[i * s.bias_k];
+      }
+      inverse[r] = softmax(scores + r * z.keys, s.tk, z.keys / W);
+    }
+    product(rows, scores, z.keys, right, right_apart, s.tk, outputs, z.wide, z.wide / W);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < s.d; ++i) out[(t + r) * apart + i] = outputs[r * z.wide + i] * inverse[r];
+  }
+}

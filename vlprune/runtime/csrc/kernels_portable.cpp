@@ -1,0 +1,48 @@
+// Any processor the compiler knows: 4 floats by vector extensions (SSE2, NEON).
+#include "kernel_set.h"
+
+namespace vlprune {
+namespace {
+
+constexpr int W = 4;
+typedef float F __attribute__((vector_size(16)));
+typedef float FU __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t I __attribute__((vector_size(16), may_alias));
+template <int...>
+struct Sequence {};
+using Lanes = Sequence<0, 1, 2, 3>;
+
+#if defined(__aarch64__)  // 32 registers
+constexpr int kVectors = 16, kVectorsGrouped = 4, kRowTokens = 1, kChains = 16;
+constexpr int kHeadRows = 6, kHeadVectors = 4;
+#else
+constexpr int kVectors = 8, kVectorsGrouped = 2, kRowTokens = 1, kChains = 8;
+constexpr int kHeadRows = 6, kHeadVectors = 2;
+#endif
+
+struct Quad {
+  F v;
+};
+inline Quad quad(const float* p) { return {*reinterpret_cast<const FU*>(p)}; }
+inline float widen(uint16_t half);
+inline Quad quad(const uint16_t* p) { return {F{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}}; }
+template <int U>
+inline F lane(Quad w) {
+  return __builtin_shufflevector(w.v, w.v, U, U, U, U);
+}
+
+inline F at_least(F x, float low) { return (F{} + low) > x ? F{} + low : x; }
+inline F scaled(F p, F n) {
+  const I whole = __builtin_convertvector(n, I), half = whole >> 1;  // 2^n may be no normal number: two factors
+  return p * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
+}
+inline F reciprocal(F x) { return 1.f / x; }
+
+#include "kernels.inl"
+
+}  // namespace
+
+const KernelSet kPortable = {"portable", W, kVectors, kVectorsGrouped, kRowTokens, transpose, panel, row, head,
+                             head_floats};
+
+}  // namespace vlprune
