@@ -570,8 +570,9 @@ void infer_like_first(const OrtApi* api, OrtShapeInferContext* context, const La
   if (shape.rank == 0) return;  // also how ONNX Runtime shows an unknown rank
   const char* names[kMostDimensions] = {};
   check(GetSymbolicDimensions(api, input, names, shape.rank));
-  shape.dims[shape.rank - 1] = last(shape.last());
-  names[shape.rank - 1] = "";
+  const int64_t width = last(shape.last());
+  if (width != shape.last()) names[shape.rank - 1] = "";
+  shape.dims[shape.rank - 1] = width;
   for (size_t i = 0; i < shape.rank; ++i) {
     if (!names[i]) names[i] = "";
     // ONNX Runtime would write a nameless unknown as the number -1.
@@ -591,11 +592,17 @@ void SparseLinear::infer(const OrtApi* api, OrtShapeInferContext* context) {
 }
 
 void Attention::infer(const OrtApi* api, OrtShapeInferContext* context) {
+  size_t inputs = 0;
+  check(ShapeInferContext_GetInputCount(api, context, &inputs));
+  // k and v may be left out before a bias too: then there is no telling how wide a part of q is.
   OrtTensorTypeAndShapeInfo* keys = nullptr;
-  size_t count = 0;
-  check(ShapeInferContext_GetInputCount(api, context, &count));
-  (void)keys;
-  infer_like_first(api, context, [&](int64_t width) { return width; });
+  int type = kAny;
+  const bool given = inputs > kV && succeeds(api, ShapeInferContext_GetInputTypeShape(api, context, kK, &keys)) &&
+                     succeeds(api, GetTensorElementType(api, keys, &type)) && type == kFloat;
+  if (given)
+    infer_like_first(api, context, [](int64_t width) { return width; });
+  else
+    infer_like_first(api, context, [](int64_t width) { return width > 0 ? width / 3 : -1; });
 }
 
 // --- the tables ONNX Runtime reads -----------------------------------------------------------------------------------
@@ -611,8 +618,16 @@ struct Operator : OrtCustomOp {
   const OrtApi* api;  // for the one entry that gets none
 };
 
+// Before 1.24, ONNX Runtime crashes on an input that is left out, before it calls an operator's shape inference: there
+// the outputs stay without a shape.
+bool infers_shapes(const OrtApiBase* base) {
+  int major = 0, minor = 0;
+  const char* version = base->GetVersionString();
+  return version && std::sscanf(version, "%d.%d", &major, &minor) == 2 && (major > 1 || minor >= 24);
+}
+
 template <class Op>
-Operator operator_of(const OrtApi* api) {
+Operator operator_of(const OrtApi* api, bool infers_shapes) {
   Operator op{};
   op.api = api;
   op.version = kApiVersion;
@@ -644,10 +659,11 @@ Operator operator_of(const OrtApi* api) {
     });
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel<Op>*>(kernel); };
-  op.InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) {
-    const OrtApi* api = static_cast<const Operator*>(op)->api;
-    return guarded(api, Op::kName, [&] { Op::infer(api, context); });
-  };
+  if (infers_shapes)
+    op.InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) {
+      const OrtApi* api = static_cast<const Operator*>(op)->api;
+      return guarded(api, Op::kName, [&] { Op::infer(api, context); });
+    };
   return op;
 }
 
@@ -657,8 +673,9 @@ struct Operators {
   Operator sparse_linear, attention;
   OrtCustomOpDomain* domain = nullptr;
 
-  explicit Operators(const OrtApi* api)
-      : sparse_linear(operator_of<SparseLinear>(api)), attention(operator_of<Attention>(api)) {
+  Operators(const OrtApi* api, bool infers_shapes)
+      : sparse_linear(operator_of<SparseLinear>(api, infers_shapes)),
+        attention(operator_of<Attention>(api, infers_shapes)) {
     check(CreateCustomOpDomain(api, "vlprune", &domain));
     for (const Operator* op : {&sparse_linear, &attention})
       if (OrtStatus* status = CustomOpDomain_Add(api, domain, op)) {
@@ -668,12 +685,12 @@ struct Operators {
   }
 };
 
-OrtCustomOpDomain* domain_of(const OrtApi* api) {
+OrtCustomOpDomain* domain_of(const OrtApi* api, const OrtApiBase* base) {
   static std::mutex& mutex = *new std::mutex;
   static auto& made = *new std::map<const OrtApi*, std::unique_ptr<const Operators>>;
   const std::lock_guard<std::mutex> lock(mutex);
   std::unique_ptr<const Operators>& operators = made[api];
-  if (!operators) operators = std::make_unique<const Operators>(api);
+  if (!operators) operators = std::make_unique<const Operators>(api, infers_shapes(base));
   return operators->domain;
 }
 
@@ -694,7 +711,7 @@ VLPRUNE_EXPORT vlprune::ort::OrtStatus* RegisterCustomOps(vlprune::ort::OrtSessi
   }
   return guarded(api, "vlprune's operators", [&] {
     if (const char* reason = choose_isa()) refuse(ort::kInvalidArgument, "%s", reason);
-    check(ort::AddCustomOpDomain(api, options, domain_of(api)));
+    check(ort::AddCustomOpDomain(api, options, domain_of(api, base)));
   });
 }
 
