@@ -25,6 +25,14 @@ constexpr int64_t kAhead = 64;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Weights and counts may lie at any address: an initializer can be a piece of a mapped file.
+template <class T>
+inline T at(const T* p) {
+  T value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+
 inline float widen(float v) { return v; }
 inline float widen(uint16_t half) {
 #if defined(__F16C__)
@@ -160,12 +168,12 @@ void rows_of_block(const float* tile, float* sums, const T* values, const uint8_
     float* out = sums + row * side;
     F sum[kApart][NV];
 #pragma GCC unroll 16
-    for (int i = 0; i < NV; ++i) sum[0][i] = first ? all(bias ? bias[row] : 0.f) : load(out + i * W);
+    for (int i = 0; i < NV; ++i) sum[0][i] = first ? all(bias ? at(bias + row) : 0.f) : load(out + i * W);
 #pragma GCC unroll 4
     for (int a = 1; a < kApart; ++a)
 #pragma GCC unroll 16
       for (int i = 0; i < NV; ++i) sum[a][i] = F{};
-    const int count = counts[r];
+    const int count = at(counts + r);
     for (const T* end = values + (count & ~3); values != end; values += 4, indices += 4) {
       uint32_t four;
       __builtin_memcpy(&four, indices, 4);
@@ -176,7 +184,7 @@ void rows_of_block(const float* tile, float* sums, const T* values, const uint8_
       add_product<NV>(sum[3 % kApart], lane<3>(w), tile + (four >> 24) * side);
     }
     for (int rest = count & 3; rest; --rest, ++values, ++indices)
-      add_product<NV>(sum[0], all(widen(*values)), tile + *indices * side);
+      add_product<NV>(sum[0], all(widen(at(values))), tile + *indices * side);
 #pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) {
       F total = sum[0][i];
@@ -200,8 +208,8 @@ void groups_of_block(const float* tile, float* sums, const T* values, const uint
     for (int g = 0; g < 4; ++g)
 #pragma GCC unroll 16
       for (int i = 0; i < NV; ++i)
-        sum[g][i] = first ? all(bias ? bias[row + g] : 0.f) : load(out + g * side + i * W);
-    for (const uint8_t* end = indices + counts[r]; indices != end; ++indices, values += 4) {
+        sum[g][i] = first ? all(bias ? at(bias + row + g) : 0.f) : load(out + g * side + i * W);
+    for (const uint8_t* end = indices + at(counts + r); indices != end; ++indices, values += 4) {
       const float* x = tile + *indices * side;
       const Quad w = quad(values);
       add_product<NV>(sum[0], lane<0>(w), x);
@@ -297,12 +305,12 @@ inline float dot(const T* values, const uint8_t* indices, int count, const float
   float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
   int i = 0;
   for (; i + 4 <= count; i += 4) {
-    s0 += widen(values[i]) * x[indices[i]];
-    s1 += widen(values[i + 1]) * x[indices[i + 1]];
-    s2 += widen(values[i + 2]) * x[indices[i + 2]];
-    s3 += widen(values[i + 3]) * x[indices[i + 3]];
+    s0 += widen(at(values + i)) * x[indices[i]];
+    s1 += widen(at(values + i + 1)) * x[indices[i + 1]];
+    s2 += widen(at(values + i + 2)) * x[indices[i + 2]];
+    s3 += widen(at(values + i + 3)) * x[indices[i + 3]];
   }
-  for (; i < count; ++i) s0 += widen(values[i]) * x[indices[i]];
+  for (; i < count; ++i) s0 += widen(at(values + i)) * x[indices[i]];
   return (s0 + s1) + (s2 + s3);
 }
 
@@ -310,22 +318,22 @@ template <class T>
 void row_of(const SparseWeights& w, int64_t panel, const float* x, float* sums) {
   const int64_t blocks = (w.K + w.block - 1) / w.block, n0 = panel * w.panel;
   const int n = static_cast<int>(least(w.panel, w.N - n0)) / w.group;
-  for (int i = 0; i < n * w.group; ++i) sums[i] = w.bias ? w.bias[n0 + i] : 0.f;
+  for (int i = 0; i < n * w.group; ++i) sums[i] = w.bias ? at(w.bias + n0 + i) : 0.f;
   int64_t start = w.offsets[panel * blocks], list = (n0 / w.group) * blocks;
   const T* values = static_cast<const T*>(w.values) + start * w.group;
   const uint8_t* indices = w.indices + start;
   for (int64_t b = 0; b < blocks; ++b, x += w.block) {
     for (int r = 0; r < n; ++r, ++list) {
       const int row = w.rows[list];
-      int count = w.counts[list];
+      int count = at(w.counts + list);
       if (w.group == 4) {
         float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
         for (; count; --count, ++indices, values += 4) {
-          const float at = x[*indices];
-          s0 += widen(values[0]) * at;
-          s1 += widen(values[1]) * at;
-          s2 += widen(values[2]) * at;
-          s3 += widen(values[3]) * at;
+          const float xi = x[*indices];
+          s0 += widen(at(values)) * xi;
+          s1 += widen(at(values + 1)) * xi;
+          s2 += widen(at(values + 2)) * xi;
+          s3 += widen(at(values + 3)) * xi;
         }
         float* out = sums + 4 * row;
         out[0] += s0, out[1] += s1, out[2] += s2, out[3] += s3;

@@ -25,7 +25,11 @@ struct Quad {
 };
 inline Quad quad(const float* p) { return {*reinterpret_cast<const FU*>(p)}; }
 inline float widen(uint16_t half);
-inline Quad quad(const uint16_t* p) { return {F{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}}; }
+inline Quad quad(const uint16_t* p) {
+  uint16_t half[4];
+  __builtin_memcpy(half, p, sizeof half);
+  return {F{widen(half[0]), widen(half[1]), widen(half[2]), widen(half[3])}};
+}
 template <int U>
 inline F lane(Quad w) {
   return __builtin_shufflevector(w.v, w.v, U, U, U, U);

@@ -709,7 +709,7 @@ VLPRUNE_EXPORT vlprune::ort::OrtStatus* RegisterCustomOps(vlprune::ort::OrtSessi
     std::fprintf(stderr, "%s\n", text);  // nothing is registered, so the session will miss the operators
     return nullptr;
   }
-  return guarded(api, "vlprune's operators", [&] {
+  return guarded(api, "vlprune", [&] {
     if (const char* reason = choose_isa()) refuse(ort::kInvalidArgument, "%s", reason);
     check(ort::AddCustomOpDomain(api, options, domain_of(api, base)));
   });
