@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from vlprune.errors import MachineError, RequestError, VlpruneError
 from vlprune.names import PROVIDERS, check
+from vlprune.runtime import operators
 from vlprune.runtime.generate import Arrays
 
 
@@ -78,7 +79,7 @@ def check_provider(name: str) -> None:
 
 
 def session(path: Path | str, provider: str = "cpu", threads: int | None = None) -> onnxruntime.InferenceSession:
-    """Open an ONNX file.
+    """Open an ONNX file, plain or packed.
 
     The pool's threads go to sleep when a run ends: by default they spin on and steal the cores from the next session.
 
@@ -92,14 +93,20 @@ def session(path: Path | str, provider: str = "cpu", threads: int | None = None)
 
     Raises:
         RequestError: the file is missing or broken, or needs an operator that onnxruntime lacks.
-        MachineError: the provider cannot be used here, or memory is short.
+        MachineError: the provider cannot be used here or not for this file, the file is packed and the operators for
+            that are missing, or memory is short.
     """
     check_provider(provider)
     path = Path(path)
     if not path.is_file():
         raise RequestError(f"there is no ONNX file {path}: check the path")
-    with refusals(f"{path} cannot be used by ONNX Runtime"):
-        opened = _open(str(path), provider, threads)
+    try:
+        with refusals(f"{path} cannot be used by ONNX Runtime"):
+            opened = _open(str(path), provider, threads)
+    except RequestError:
+        if _is_packed(path):
+            _check_operators(path, provider)
+        raise
     # check_provider opened a small graph; onnxruntime may still fall back silently for this one.
     if _CHAINS[provider][0] not in opened.get_providers():
         raise MachineError(f"{path} does not run on provider {provider}, onnxruntime fell back: use --provider cpu")
@@ -207,8 +214,36 @@ def _open(model: str | bytes, provider: str, threads: int | None) -> onnxruntime
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Cheaper than looking whether the graph needs them; `session` says why they are missing when it does.
+    if provider == "cpu":
+        with suppress(MachineError):
+            operators.register(options)
     # enable_fallback=0: a provider that fails is an error instead of a message on stdout and a CPU session.
     return onnxruntime.InferenceSession(model, options, providers=_CHAINS[provider], enable_fallback=0)
+
+
+def _is_packed(path: Path) -> bool:
+    """Tell whether a graph needs the operators of this package."""
+    import onnx
+
+    try:
+        imports = onnx.load(path, load_external_data=False).opset_import
+    except Exception:  # whatever is wrong with the file, onnxruntime has said it
+        return False
+    return any(opset.domain == operators.DOMAIN for opset in imports)
+
+
+def _check_operators(path: Path, provider: str) -> None:
+    """Refuse a packed graph that lacks its operators."""
+    if provider != "cpu":
+        raise MachineError(
+            f"{path} is packed for CPUs and does not run on provider {provider}: "
+            "use --provider cpu, or export it again without --pack"
+        )
+    try:
+        operators.register(onnxruntime.SessionOptions())
+    except MachineError as error:
+        raise MachineError(f"{path} is packed: {error}; or export it again without --pack") from error
 
 
 def _probe() -> bytes:
