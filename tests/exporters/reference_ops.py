@@ -1,0 +1,88 @@
+"""What the two operators of a packed graph compute, in numpy and slowly: the reference that kernels are held against."""
+
+import math
+from functools import cache
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from vlprune.exporters.layout import decode
+
+
+SIZES = ("in_features", "out_features", "block_columns", "panel_rows", "group_rows")
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def activate(name, x):
+    if name == "none":
+        return x
+    if name == "relu":
+        return np.maximum(x, 0)
+    if name == "gelu":
+        return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    assert name == "quick_gelu"
+    return x / (1 + np.exp(-1.702 * x))
+
+
+class SparseLinear(OpRun):
+    op_domain = "vlprune"
+
+    def _run(self, x, values, indices, rows, counts, bias=None, residual=None, **given):
+        weight = decode(values, indices, rows, counts, **{name: given[name] for name in SIZES})
+        y = x.astype(np.float64) @ weight.T.astype(np.float64)
+        if bias is not None:
+            assert bias.shape == y.shape[-1:]
+            y = y + bias
+        y = activate(given["activation"], y)
+        if residual is not None:
+            assert residual.shape == y.shape
+            y = y + residual
+        return (y.astype(np.float32),)
+
+
+class Attention(OpRun):
+    op_domain = "vlprune"
+    op_schema = onnx.defs.OpSchema("Attention", "vlprune", 1)  # else that of ONNX's own Attention is taken
+
+    def _run(self, q, k=None, v=None, bias=None, num_heads=None, scale=None, kv_heads_first=0):
+        assert (k is None) == (v is None)
+        if k is None:
+            q, k, v = np.split(q, 3, axis=-1)
+        batch, length, features = q.shape
+        width = features // num_heads
+
+        def heads(x):
+            return x.reshape(batch, -1, num_heads, width).transpose(0, 2, 1, 3)
+
+        q = heads(q).astype(np.float64)
+        k, v = (k, v) if kv_heads_first else (heads(k), heads(v))
+        assert k.shape == v.shape == (batch, num_heads, k.shape[2], width)
+        scores = scale * (q @ k.transpose(0, 1, 3, 2))
+        if bias is not None:
+            assert bias.ndim == 4 and all(a in (1, b) for a, b in zip(bias.shape, scores.shape, strict=True))
+            scores = scores + bias
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        context = (scores / scores.sum(-1, keepdims=True)) @ v
+        return (context.transpose(0, 2, 1, 3).reshape(batch, length, features).astype(np.float32),)
+
+
+def evaluate(model: onnx.ModelProto, feeds: dict) -> list:
+    """Run a packed graph in numpy."""
+    return ReferenceEvaluator(model, new_ops=[SparseLinear, Attention]).run(None, feeds)
+
+
+@cache
+def library():
+    """The operator library, None where it is not built."""
+    from vlprune.errors import MachineError
+
+    try:
+        from vlprune.runtime import operators
+
+        return operators.library()
+    except (ImportError, MachineError):
+        return None
