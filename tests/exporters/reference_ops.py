@@ -1,7 +1,6 @@
-"""What the two operators of a packed graph compute, in numpy and slowly: the reference that kernels are held against."""
+"""What the two operators of a packed graph compute, in numpy and slowly: the reference for kernels and packer."""
 
 import math
-from functools import cache
 
 import numpy as np
 import onnx
@@ -73,16 +72,3 @@ class Attention(OpRun):
 def evaluate(model: onnx.ModelProto, feeds: dict) -> list:
     """Run a packed graph in numpy."""
     return ReferenceEvaluator(model, new_ops=[SparseLinear, Attention]).run(None, feeds)
-
-
-@cache
-def library():
-    """The operator library, None where it is not built."""
-    from vlprune.errors import MachineError
-
-    try:
-        from vlprune.runtime import operators
-
-        return operators.library()
-    except (ImportError, MachineError):
-        return None
