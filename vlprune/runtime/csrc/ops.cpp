@@ -207,7 +207,7 @@ class Node {
   int64_t integer(const char* name, int64_t least, int64_t most) const {
     int64_t value = 0;
     if (!succeeds(api_, KernelInfoGetAttribute_int64(api_, info_, name, &value)))
-      refuse(kInvalidGraph, "attribute %s (an int) is missing", name);
+      refuse(kInvalidGraph, "attribute %s is missing or not an int", name);
     if (value < least || value > most)
       refuse(kInvalidGraph, "attribute %s is %lld, must be %lld to %lld", name, static_cast<long long>(value),
              static_cast<long long>(least), static_cast<long long>(most));
@@ -222,7 +222,7 @@ class Node {
   float number(const char* name) const {
     float value = 0;
     if (!succeeds(api_, KernelInfoGetAttribute_float(api_, info_, name, &value)))
-      refuse(kInvalidGraph, "attribute %s (a float) is missing", name);
+      refuse(kInvalidGraph, "attribute %s is missing or not a float", name);
     if (!std::isfinite(value)) refuse(kInvalidGraph, "attribute %s is not finite", name);
     return value;
   }
@@ -231,10 +231,10 @@ class Node {
     char value[64];
     size_t size = 0;
     if (!succeeds(api_, KernelInfoGetAttribute_string(api_, info_, name, nullptr, &size)))
-      refuse(kInvalidGraph, "attribute %s (a string) is missing", name);
+      refuse(kInvalidGraph, "attribute %s is missing or not a string", name);
     if (size > sizeof value) refuse(kInvalidGraph, "attribute %s is too long", name);
     check(KernelInfoGetAttribute_string(api_, info_, name, value, &size));
-    return value;
+    return std::string(value, size ? size - 1 : 0);  // with any zero inside: such a text is not "gelu"
   }
 
  private:
@@ -560,19 +560,20 @@ bool read_attribute(const OrtApi* api, const OrtShapeInferContext* context, cons
          succeeds(api, ReadOpAttr(api, attribute, kAttributeInt, value, sizeof *value, &needed));
 }
 
-// Gives output 0 the shape of input 0 with another last dimension (`last` of the old one, which is -1 when unknown).
-// Says nothing when that is not known: an output without a shape is allowed, a wrong shape is not.
-template <class Last>
-void infer_like_first(const OrtApi* api, OrtShapeInferContext* context, const Last& last) {
+// Gives output 0 the shape of input 0, with what `last` (if any) makes of its last dimension; -1 is an unknown one.
+// Says nothing when a dimension is not known: an output without a shape is allowed, a wrong shape is not.
+void infer_like_first(const OrtApi* api, OrtShapeInferContext* context, int64_t (*last)(int64_t width, int64_t features),
+                      int64_t features = 0) {
   OrtTensorTypeAndShapeInfo* input = nullptr;  // the context's own
   check(ShapeInferContext_GetInputTypeShape(api, context, 0, &input));
   Shape shape = shape_of(api, input, "input 0");
   if (shape.rank == 0) return;  // also how ONNX Runtime shows an unknown rank
   const char* names[kMostDimensions] = {};
   check(GetSymbolicDimensions(api, input, names, shape.rank));
-  const int64_t width = last(shape.last());
-  if (width != shape.last()) names[shape.rank - 1] = "";
-  shape.dims[shape.rank - 1] = width;
+  if (last) {
+    shape.dims[shape.rank - 1] = last(shape.last(), features);
+    names[shape.rank - 1] = "";
+  }
   for (size_t i = 0; i < shape.rank; ++i) {
     if (!names[i]) names[i] = "";
     // ONNX Runtime would write a nameless unknown as the number -1.
@@ -588,7 +589,7 @@ void infer_like_first(const OrtApi* api, OrtShapeInferContext* context, const La
 void SparseLinear::infer(const OrtApi* api, OrtShapeInferContext* context) {
   int64_t features = 0;
   if (read_attribute(api, context, "out_features", &features) && features > 0)
-    infer_like_first(api, context, [&](int64_t) { return features; });
+    infer_like_first(api, context, [](int64_t, int64_t features) { return features; }, features);
 }
 
 void Attention::infer(const OrtApi* api, OrtShapeInferContext* context) {
@@ -600,9 +601,9 @@ void Attention::infer(const OrtApi* api, OrtShapeInferContext* context) {
   const bool given = inputs > kV && succeeds(api, ShapeInferContext_GetInputTypeShape(api, context, kK, &keys)) &&
                      succeeds(api, GetTensorElementType(api, keys, &type)) && type == kFloat;
   if (given)
-    infer_like_first(api, context, [](int64_t width) { return width; });
+    infer_like_first(api, context, nullptr);
   else
-    infer_like_first(api, context, [](int64_t width) { return width > 0 ? width / 3 : -1; });
+    infer_like_first(api, context, [](int64_t width, int64_t) -> int64_t { return width > 0 ? width / 3 : -1; });
 }
 
 // --- the tables ONNX Runtime reads -----------------------------------------------------------------------------------

@@ -1,0 +1,405 @@
+"""Models of one sparse operator, what they should compute, and ways to break them; also a program for subprocesses:
+
+    python operator_models.py LIBRARY numbers | malformed COUNT | run MODEL
+
+The layout of the weights is written and read here once more, plainly, row by row: a check of exporters/layout.py and of
+the kernels that shares no line with them.
+"""
+
+import ctypes
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+
+Arrays = dict[str, np.ndarray]
+INPUTS = ("x", "values", "indices", "rows", "counts", "bias", "residual")
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu")
+
+
+@dataclass
+class Linear:
+    """A SparseLinear node to test: sizes, and what it does around the product."""
+
+    K: int
+    N: int
+    block: int
+    panel: int = 128
+    group: int = 1
+    half: bool = False
+    bias: bool = True
+    residual: bool = False
+    activation: str = "none"
+    kept: float = 0.3
+    seed: int = 0
+    weight: np.ndarray = field(init=False)  # [N, K], rounded when half
+    mask: np.ndarray = field(init=False)  # [N, K], True = kept
+    bias_values: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        weight = rng.standard_normal((self.N, self.K)).astype(np.float32)
+        self.weight = weight.astype(np.float16).astype(np.float32) if self.half else weight
+        mask = rng.random((self.N // self.group, self.K)) < self.kept
+        if len(mask) > 2:
+            mask[1], mask[2] = False, True
+        self.mask = mask.repeat(self.group, 0)
+        self.bias_values = rng.standard_normal(self.N).astype(np.float32)
+
+    def attributes(self) -> dict[str, Any]:
+        sizes = {"in_features": self.K, "out_features": self.N, "block_columns": self.block, "panel_rows": self.panel}
+        return sizes | {"group_rows": self.group, "activation": self.activation}
+
+    def arrays(self) -> Arrays:
+        """The weight in its layout."""
+        values: list[float] = []
+        indices: list[int] = []
+        rows: list[int] = []
+        counts: list[int] = []
+        for top in range(0, self.N, self.panel):
+            height = min(self.panel, self.N - top)
+            for left in range(0, self.K, self.block):
+                kept = [
+                    [k - left for k in range(left, min(left + self.block, self.K)) if self.mask[top + row, k]]
+                    for row in range(0, height, self.group)
+                ]
+                for row in sorted(range(len(kept)), key=lambda row: (-len(kept[row]), row)):
+                    rows.append(row)
+                    counts.append(len(kept[row]))
+                    for index in kept[row]:
+                        indices.append(index)
+                        first = top + row * self.group
+                        values += [self.weight[n, left + index] for n in range(first, first + self.group)]
+        arrays = {
+            "values": np.array(values, np.float16 if self.half else np.float32),
+            "indices": np.array(indices, np.uint8),
+            "rows": np.array(rows, np.uint8),
+            "counts": np.array(counts, np.uint16),
+        }
+        return arrays | ({"bias": self.bias_values} if self.bias else {})
+
+    def model(self) -> ModelProto:
+        return linear_model(self.arrays(), self.attributes(), self.residual)
+
+    def expected(self, x: np.ndarray, residual: np.ndarray | None = None) -> np.ndarray:
+        """The result in float64: only kept weights meet x, so that 0 * inf does not arise where nothing is kept."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            if np.isfinite(x).all():
+                y = x.astype(np.float64) @ (self.weight * self.mask).T.astype(np.float64)
+            else:
+                products = x[..., None, :].astype(np.float64) * self.weight
+                y = np.where(self.mask, products, 0).sum(-1)
+            y = activate(self.activation, y + self.bias_values if self.bias else y)
+        return y if residual is None else y + residual
+
+
+def linear_model(arrays: Arrays, attributes: dict[str, Any], residual: bool = False) -> ModelProto:
+    names = ["x", *(name if name in arrays else "" for name in INPUTS[1:6]), "residual" if residual else ""]
+    while not names[-1]:
+        names.pop()
+    node = helper.make_node("SparseLinear", names, ["y"], name="linear", domain="vlprune", **attributes)
+    tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)]
+    if residual:
+        inputs.append(helper.make_tensor_value_info("residual", TensorProto.FLOAT, None))
+    return model_of([node], inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], tensors)
+
+
+def model_of(nodes: list[Any], inputs: list[Any], outputs: list[Any], tensors: Any = ()) -> ModelProto:
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, tensors)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("vlprune", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def activate(name: str, y: np.ndarray) -> np.ndarray:
+    if name == "gelu":
+        return 0.5 * y * (1 + np.vectorize(math.erf)(y / math.sqrt(2))) if y.size else y
+    if name == "gelu_tanh":
+        return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+    if name == "quick_gelu":
+        return y / (1 + np.exp(-1.702 * y))
+    return np.maximum(y, 0) if name == "relu" else y
+
+
+def attention_expected(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, bias: np.ndarray | None = None
+) -> np.ndarray:
+    """Attention in float64 over q [B, Tq, H, D], k and v [B, Tk, H, D] -> [B, Tq, H * D]."""
+    scores = scale * np.einsum("bqhd,bkhd->bhqk", q.astype(np.float64), k)
+    scores = scores if bias is None else scores + bias
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*q.shape[:2], -1)
+
+
+@cache
+def options(library: str, threads: int = 1) -> onnxruntime.SessionOptions:
+    made = onnxruntime.SessionOptions()
+    made.register_custom_ops_library(library)
+    made.intra_op_num_threads = threads
+    made.log_severity_level = 4
+    made.add_session_config_entry("session.force_spinning_stop", "1")
+    return made
+
+
+def open_model(model: ModelProto | str, library: str, threads: int = 1) -> onnxruntime.InferenceSession:
+    source = model if isinstance(model, str) else model.SerializeToString()
+    return onnxruntime.InferenceSession(source, options(library, threads), providers=["CPUExecutionProvider"])
+
+
+def difference(y: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, relative to the largest value; infinite when NaN or infinity stand elsewhere."""
+    if y.shape != expected.shape:
+        return math.inf
+    for special in (np.isnan, np.isposinf, np.isneginf):
+        if not np.array_equal(special(y), special(expected)):
+            return math.inf
+    finite = np.isfinite(expected)
+    if not finite.any():
+        return 0
+    return float(np.abs(y[finite] - expected[finite]).max() / max(np.abs(expected[finite]).max(), 1e-20))
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+SIZES: list[dict[str, Any]] = [  # K, N, block, panel, group: nothing a multiple of anything, ends of ranges
+    {"K": 70, "N": 36, "block": 32, "panel": 16},
+    {"K": 1, "N": 1, "block": 1, "panel": 1},
+    {"K": 5, "N": 3, "block": 1, "panel": 2},
+    {"K": 53, "N": 37, "block": 3, "panel": 7},
+    {"K": 256, "N": 40, "block": 256, "panel": 256, "kept": 1.0},
+    {"K": 300, "N": 131, "block": 128, "panel": 32},
+    {"K": 200, "N": 260, "block": 192, "panel": 128, "kept": 0.1},
+    {"K": 300, "N": 20, "block": 256, "panel": 8},
+    {"K": 40, "N": 11, "block": 64, "panel": 4, "kept": 0.0},
+    {"K": 130, "N": 36, "block": 128, "panel": 12, "group": 4},
+    {"K": 200, "N": 132, "block": 192, "panel": 128, "group": 4, "kept": 0.1},
+    {"K": 9, "N": 4, "block": 3, "panel": 256, "group": 4, "kept": 1.0},
+]
+
+
+def linears() -> Iterator[Linear]:
+    """Every size with both value types, then every activation with and without bias and residual."""
+    for seed, sizes in enumerate(SIZES):
+        for half in (False, True):
+            yield Linear(**sizes, half=half, seed=seed, residual=half)
+    for group in (1, 4):
+        for number, activation in enumerate(ACTIVATIONS * 4):
+            bias, residual = bool(number // 5 % 2), bool(number // 10)
+            sizes = {"K": 70, "N": 36, "block": 32, "panel": 16, "group": group}
+            yield Linear(**sizes, bias=bias, residual=residual, activation=activation, seed=number)
+
+
+def leading_shapes(few: bool = False) -> list[tuple[int, ...]]:
+    """What stands before K: no rows, one, vectors and tiles full and not, every batch size, any rank."""
+    some = [(), (0,), (1,), (2,), (3, 0), (1, 16), (1, 17), (2, 3, 5), (1, 197)]
+    return some if few else [*some, *((batch, length) for batch in range(1, 10) for length in (1, 16, 17, 197))]
+
+
+def check_linear(linear: Linear, library: str, threads: int, few: bool) -> None:
+    session = open_model(linear.model(), library, threads)
+    rng = np.random.default_rng(1)
+    for lead in leading_shapes(few):
+        feeds = {"x": rng.standard_normal((*lead, linear.K)).astype(np.float32)}
+        if linear.residual:
+            feeds["residual"] = rng.standard_normal((*lead, linear.N)).astype(np.float32)
+        y = session.run(None, feeds)[0]
+        assert y.dtype == np.float32
+        found = difference(y, linear.expected(feeds["x"], feeds.get("residual")))
+        assert found <= 1e-5, f"{linear.attributes()} on {feeds['x'].shape}: {found}"
+
+
+ATTENTIONS: list[dict[str, Any]] = [  # batch, heads, tq, tk, d
+    {"B": 1, "H": 1, "Tq": 1, "Tk": 1, "D": 1},
+    {"B": 2, "H": 3, "Tq": 5, "Tk": 5, "D": 7},
+    {"B": 1, "H": 2, "Tq": 197, "Tk": 197, "D": 64},
+    {"B": 3, "H": 2, "Tq": 1, "Tk": 35, "D": 16},
+    {"B": 2, "H": 2, "Tq": 17, "Tk": 33, "D": 48},
+    {"B": 1, "H": 1, "Tq": 70, "Tk": 3, "D": 20},
+]
+
+
+def attention_model(inputs: list[str], **attributes: Any) -> ModelProto:
+    node = helper.make_node("Attention", inputs, ["y"], name="attention", domain="vlprune", **attributes)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inputs if name]
+    return model_of([node], values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+
+
+def check_attention(library: str, threads: int, B: int, H: int, Tq: int, Tk: int, D: int) -> None:
+    """Every way to give k and v, without a bias and with one that broadcasts in each way."""
+    rng = np.random.default_rng(B + Tq + Tk)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    q, k, v = normal(B, Tq, H, D), normal(B, Tk, H, D), normal(B, Tk, H, D)
+    biases = [
+        None,
+        *(normal(*(size if bits >> i & 1 else 1 for i, size in enumerate((B, H, Tq, Tk)))) for bits in range(16)),
+    ]
+    masked = np.where(rng.random((B, 1, Tq, Tk)) < 0.4, np.float32(np.finfo(np.float32).min), np.float32(0))
+    flat = {"q": q.reshape(B, Tq, -1), "k": k.reshape(B, Tk, -1), "v": v.reshape(B, Tk, -1)}
+    first = flat | {name: np.ascontiguousarray(flat[name].reshape(B, Tk, H, D).swapaxes(1, 2)) for name in "kv"}
+    forms: list[tuple[dict[str, np.ndarray], int]] = [(flat, 0), (first, 1)]
+    if Tq == Tk:
+        forms.append(({"q": np.concatenate(list(flat.values()), -1)}, 0))
+    for feeds, heads_first in forms:
+        packed = ["q", *(name if name in feeds else "" for name in "kv")]
+        plain = open_model(
+            attention_model([name for name in packed if name], num_heads=H, scale=0.3, kv_heads_first=heads_first),
+            library,
+            threads,
+        )
+        biased = open_model(
+            attention_model([*packed, "bias"], num_heads=H, scale=0.3, kv_heads_first=heads_first), library, threads
+        )
+        for bias in [*biases, masked]:
+            y = plain.run(None, feeds)[0] if bias is None else biased.run(None, {**feeds, "bias": bias})[0]
+            found = difference(y, attention_expected(q, k, v, 0.3, bias))
+            shape = None if bias is None else bias.shape
+            assert found <= 1e-5, f"{(B, H, Tq, Tk, D)}, heads first {heads_first}, bias {shape}: {found}"
+
+
+def check_numbers(library: str) -> None:
+    for linear in linears():
+        check_linear(linear, library, threads=2, few=True)
+    for sizes in ATTENTIONS:
+        check_attention(library, 2, **sizes)
+
+
+# --- malformed weights ------------------------------------------------------------------------------------------------
+
+
+def is_valid(arrays: Arrays, attributes: dict[str, Any]) -> bool:
+    """Read a layout as its description says, believing nothing."""
+    K, N, B, P, G = (
+        int(attributes[f"{name}"])
+        for name in ("in_features", "out_features", "block_columns", "panel_rows", "group_rows")
+    )
+    if min(K, N) < 1 or not (1 <= B <= 256 and 1 <= P <= 256 and G in (1, 4)) or N % G or P % G:
+        return False
+    types = {"values": (np.float32, np.float16), "indices": (np.uint8,), "rows": (np.uint8,), "counts": (np.uint16,)}
+    if any(arrays[name].ndim != 1 or arrays[name].dtype not in kinds for name, kinds in types.items()):
+        return False
+    if "bias" in arrays and (arrays["bias"].shape != (N,) or arrays["bias"].dtype != np.float32):
+        return False
+    indices, rows, counts = (arrays[name].tolist() for name in ("indices", "rows", "counts"))
+    if len(rows) != len(counts) or len(rows) != -(-K // B) * (N // G) or len(arrays["values"]) != G * len(indices):
+        return False
+    entry = start = 0
+    for top in range(0, N, P):
+        groups = min(P, N - top) // G
+        for left in range(0, K, B):
+            width, here = min(B, K - left), slice(entry, entry + groups)
+            pairs = [(-count, row) for count, row in zip(counts[here], rows[here], strict=True)]
+            if sorted(rows[here]) != list(range(groups)) or pairs != sorted(pairs):
+                return False
+            for count in counts[here]:
+                columns = indices[start : start + count]
+                if (
+                    len(columns) < count
+                    or columns != sorted(set(columns))
+                    or any(column >= width for column in columns)
+                ):
+                    return False
+                start += count
+            entry += groups
+    return start == len(indices)
+
+
+EXTREMES = [-(2**63), -1, 0, 1, 2, 3, 4, 5, 8, 255, 256, 257, 2**16, 2**31 - 1, 2**32, 2**62, 2**63 - 1]
+OTHER_TYPES = [np.float64, np.int8, np.int32, np.int64, np.uint16, np.uint8, np.float32, np.float16, np.bool_]
+
+
+def mutate(rng: np.random.Generator, arrays: Arrays, attributes: dict[str, Any]) -> None:
+    """Change one thing."""
+    name = str(rng.choice(list(arrays)))
+    array = arrays[name]
+    match int(rng.integers(9)):
+        case 0:  # the end is missing, or something follows
+            arrays[name] = (
+                array[: rng.integers(array.size + 1)] if rng.random() < 0.5 else np.resize(array, array.size + 1)
+            )
+        case 1:  # one number is another
+            if array.size:
+                arrays[name] = array.copy()
+                info = np.iinfo(array.dtype) if array.dtype.kind == "u" else None
+                arrays[name][rng.integers(array.size)] = rng.integers(info.max + 1) if info else 0
+        case 2:  # off by one
+            if array.size and array.dtype.kind == "u":
+                arrays[name] = array.copy()
+                arrays[name][rng.integers(array.size), None] += array.dtype.type(
+                    rng.choice([1, np.iinfo(array.dtype).max])
+                )
+        case 3:  # a column moves from one row to another
+            counts = arrays["counts"] = arrays["counts"].copy()
+            if counts.size:
+                counts[rng.integers(counts.size), None] += np.uint16(1)
+                counts[rng.integers(counts.size), None] -= np.uint16(1)
+        case 4:  # two numbers change places
+            if array.size:
+                arrays[name] = array.copy()
+                one, other = rng.integers(array.size, size=2)
+                arrays[name][[one, other]] = arrays[name][[other, one]]
+        case 5:
+            arrays[name] = array.astype(rng.choice(OTHER_TYPES))
+        case 6:
+            arrays[name] = array.reshape([(1, -1), (-1, 1), (1, 1, -1)][rng.integers(3)])
+        case 7:
+            key = str(rng.choice([key for key in attributes if key != "activation"]))
+            attributes[key] = int(rng.choice(EXTREMES))
+        case 8:  # arrays of noise
+            arrays[name] = rng.integers(256, size=array.size).astype(array.dtype)
+
+
+def malformed(rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
+    """Valid weights, changed until they are not."""
+    group = int(rng.choice([1, 4]))
+    K, N, panel = int(rng.integers(1, 24)), group * int(rng.integers(1, 7)), group * int(rng.integers(1, 4))
+    linear = Linear(
+        K, N, int(rng.integers(1, 10)), panel, group, bool(rng.random() < 0.3), seed=int(rng.integers(1 << 30))
+    )
+    arrays, attributes = linear.arrays(), linear.attributes()
+    assert is_valid(arrays, attributes)
+    while is_valid(arrays, attributes):
+        mutate(rng, arrays, attributes)
+    return arrays, attributes
+
+
+def check_malformed(library: str, count: int) -> None:
+    rng = np.random.default_rng(7)
+    for number in range(count):
+        arrays, attributes = malformed(rng)
+        try:
+            open_model(linear_model(arrays, attributes), library)
+        except Exception as error:  # ONNX Runtime's own share no class
+            # A wrong type is seen by ONNX Runtime itself, all else by the operator.
+            assert "vlprune.SparseLinear node 'linear'" in str(error) or "Type Error" in str(error), error
+        else:
+            raise AssertionError(f"number {number} was not refused: {attributes} {arrays}")
+
+
+def main() -> None:
+    library, what = sys.argv[1:3]
+    if what == "numbers":
+        check_numbers(library)
+    if what == "malformed":
+        check_malformed(library, int(sys.argv[3]))
+    if what == "run":
+        session = open_model(sys.argv[3], library)
+        shapes = {value.name: [2 if isinstance(n, str) else n for n in value.shape] for value in session.get_inputs()}
+        session.run(None, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    function = ctypes.CDLL(library).vlprune_ops_isa
+    function.restype = ctypes.c_char_p
+    print("done with", function().decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,617 @@
+"""The operators against numpy: numbers, shapes, refusals, threads; the library that holds them, and its build."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import operator_models as models
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from operator_models import Linear
+
+from vlprune.errors import MachineError, RequestError
+from vlprune.runtime import operators
+from vlprune.runtime.session import OnnxGraph, session
+
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(models.__file__)
+
+
+@pytest.fixture(scope="session")
+def library() -> str:
+    if not operators.available():
+        pytest.skip(f"the operator library is not there: {operators.BUILD}")
+    return str(operators.library())
+
+
+def run_program(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def name_of(linear: Linear) -> str:
+    flags = [name for name in ("half", "bias", "residual") if getattr(linear, name)]
+    return "-".join([f"{linear.K}x{linear.N}", f"g{linear.group}", linear.activation, *flags])
+
+
+@pytest.mark.parametrize("linear", list(models.linears()), ids=name_of)
+def test_sparse_linear(library: str, linear: Linear) -> None:
+    models.check_linear(linear, library, threads=1, few=False)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_sparse_linear_of_a_real_size(library: str, threads: int, half: bool) -> None:
+    linear = Linear(768, 768, block=192, panel=128, kept=0.1, half=half, activation="gelu")
+    opened = models.open_model(linear.model(), library, threads)
+    rng = np.random.default_rng(0)
+    for lead in [(1,), (16,), (17,), (197,), (2, 197), (8, 197)]:
+        x = rng.standard_normal((*lead, 768)).astype(np.float32)
+        assert models.difference(opened.run(None, {"x": x})[0], linear.expected(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", models.ATTENTIONS, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_attention(library: str, threads: int, sizes: dict[str, int]) -> None:
+    models.check_attention(library, threads, **sizes)
+
+
+def test_attention_over_nothing(library: str) -> None:
+    plain = models.open_model(models.attention_model(["q", "k", "v"], num_heads=2, scale=1.0), library)
+    q, nothing = np.ones((2, 3, 8), np.float32), np.ones((2, 0, 8), np.float32)
+    np.testing.assert_array_equal(plain.run(None, {"q": q, "k": nothing, "v": nothing})[0], np.zeros_like(q))
+    assert plain.run(None, {"q": nothing, "k": q, "v": q})[0].shape == (2, 0, 8)
+    packed = models.open_model(models.attention_model(["q"], num_heads=2, scale=1.0), library)
+    for shape in [(0, 3, 24), (2, 0, 24)]:
+        assert packed.run(None, {"q": np.ones(shape, np.float32)})[0].shape == (*shape[:2], 8)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_every_instruction_set(library: str, isa: str) -> None:
+    done = run_program(library, "numbers", check=False, VLPRUNE_ISA=isa)
+    if "instruction set that this processor lacks" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == f"done with {isa}\n"
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_reach_what_they_meet(library: str, special: float, rows: int, group: int) -> None:
+    """An input reaches the outputs that kept its weight, and no other: not the neighbours in a tile or a group."""
+    linear = Linear(70, 36, 32, 16, group)
+    opened = models.open_model(linear.model(), library)
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((rows, 70)).astype(np.float32)
+    x[rows // 2, 5] = special
+    x[rows // 2, 66] = special
+    y = opened.run(None, {"x": x})[0]
+    assert models.difference(y, linear.expected(x)) <= 1e-5
+    reached = ~np.isfinite(y[rows // 2])
+    np.testing.assert_array_equal(reached, linear.mask[:, [5, 66]].any(1))
+    assert np.isfinite(np.delete(y, rows // 2, 0)).all() and not reached.all()
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_nan_and_infinity_among_the_weights(library: str, half: bool) -> None:
+    linear = Linear(70, 36, 32, 16, half=half)
+    for row, special in [(2, np.nan), (5, np.inf), (35, -np.inf)]:
+        linear.weight[row, np.flatnonzero(linear.mask[row])[0]] = special
+    opened = models.open_model(linear.model(), library)
+    x = np.random.default_rng(3).standard_normal((20, 70)).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        expected = np.where(linear.mask, x[:, None, :] * linear.weight.astype(np.float64), 0).sum(-1)
+    assert models.difference(opened.run(None, {"x": x})[0], expected + linear.bias_values) <= 1e-5
+
+
+@pytest.mark.parametrize("activation", models.ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_activations_at_their_ends(library: str, activation: str, rows: int) -> None:
+    linear = Linear(1, 1, 1, kept=1, bias=False, activation=activation)
+    linear.weight[:] = 1
+    x = np.concatenate([np.linspace(-30, 30, rows * 8), [-200, -88, 88, 200, 0, 1e-30, 3e38, -3e38]])
+    x = x.astype(np.float32)[:, None]
+    with np.errstate(over="ignore"):
+        expected = linear.expected(x)
+    opened = models.open_model(linear.model(), library)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for part in np.array_split(np.arange(len(x)), len(x) // rows):
+            y = opened.run(None, {"x": x[part]})[0]
+            np.testing.assert_allclose(y, expected[part], rtol=1e-5, atol=2e-6)
+    assert np.isnan(opened.run(None, {"x": np.full((1, 1), np.nan, np.float32)})[0]).all()
+    assert opened.run(None, {"x": np.full((1, 1), np.inf, np.float32)})[0] == np.inf
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (69,), (70, 1), (2, 71), (0, 0)])
+def test_wrong_width_is_refused_at_run_time(library: str, shape: tuple[int, ...]) -> None:
+    opened = models.open_model(Linear(70, 36, 32).model(), library)
+    with pytest.raises(Exception, match=r"node 'linear': x has shape .* must be 70"):
+        opened.run(None, {"x": np.zeros(shape, np.float32)})
+
+
+@pytest.mark.parametrize("shape", [(36,), (3, 36), (2, 3, 1), (1, 2, 3, 36), (2, 3, 37)])
+def test_wrong_residual_is_refused_at_run_time(library: str, shape: tuple[int, ...]) -> None:
+    opened = models.open_model(Linear(70, 36, 32, residual=True).model(), library)
+    with pytest.raises(Exception, match=r"node 'linear': residual has shape .* must have \[2, 3, 36\]"):
+        opened.run(None, {"x": np.zeros((2, 3, 70), np.float32), "residual": np.zeros(shape, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("heads_first", "shapes", "message"),
+    [
+        (0, {"q": (2, 8)}, r"q has shape \[2, 8\]"),
+        (0, {"q": (2, 3, 9)}, r"q has shape \[2, 3, 9\], must have \[batch, tokens, 2 heads"),
+        (0, {"q": (2, 3, 0)}, "q has shape"),
+        (0, {"k": (1, 5, 8)}, r"k has shape \[1, 5, 8\], must have \[2, -1, 8\]"),
+        (0, {"k": (2, 5, 4)}, "k has shape"),
+        (0, {"k": (2, 2, 5, 4), "v": (2, 2, 5, 4)}, "k has shape"),
+        (0, {"v": (2, 4, 8)}, r"v has shape \[2, 4, 8\], must have that of k, \[2, 5, 8\]"),
+        (0, {"bias": (2, 3, 5)}, r"bias has shape \[2, 3, 5\], must have \[2, 2, 3, 5\] or 1"),
+        (0, {"bias": (2, 2, 2, 5)}, "bias has shape"),
+        (0, {"bias": (2, 2, 3, 0)}, "bias has shape"),
+        (1, {}, r"k has shape \[2, 5, 8\], must have \[2, 2, -1, 4\]"),
+        (1, {"k": (2, 4, 5, 2)}, "k has shape"),
+    ],
+)
+def test_wrong_attention_shapes_are_refused(
+    library: str, heads_first: int, shapes: dict[str, tuple[int, ...]], message: str
+) -> None:
+    names = ["q", "k", "v", "bias"]
+    model = models.attention_model(names, num_heads=2, scale=1.0, kv_heads_first=heads_first)
+    right = {"q": (2, 3, 8), "k": (2, 5, 8), "v": (2, 5, 8), "bias": (1, 1, 1, 1)}
+    feeds = {name: np.zeros(shape, np.float32) for name, shape in (right | shapes).items()}
+    with pytest.raises(Exception, match=f"vlprune.Attention node 'attention': {message}"):
+        models.open_model(model, library).run(None, feeds)
+
+
+def test_shapes_are_known_before_a_run(library: str) -> None:
+    """Names of dimensions survive; what is not known is not made up."""
+
+    def inferred(shape: list[str | int | None] | None, inputs: list[str], op: str, **attributes: Any) -> Any:
+        values = [helper.make_tensor_value_info(inputs[0], TensorProto.FLOAT, shape)]
+        arrays = linear.arrays() if op == "SparseLinear" else {}
+        values += [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+            for name in inputs[1:]
+            if name and name not in arrays
+        ]
+        nodes = [
+            helper.make_node(op, inputs, ["y"], domain="vlprune", **attributes),
+            helper.make_node("Relu", ["y"], ["z"]),
+        ]
+        outputs = [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)]
+        tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+        return models.open_model(models.model_of(nodes, values, outputs, tensors), library).get_outputs()[0].shape
+
+    linear = Linear(70, 36, 32, bias=False)
+    five = list(models.INPUTS[:5])
+    for inputs in (five, [*five, "", "residual"]):
+        assert inferred(["batch", 197, 70], inputs, "SparseLinear", **linear.attributes()) == ["batch", 197, 36]
+        assert inferred(["batch", "t", None], inputs, "SparseLinear", **linear.attributes()) == ["batch", "t", 36]
+        assert inferred([None, 70], inputs, "SparseLinear", **linear.attributes()) == []
+        assert inferred(None, inputs, "SparseLinear", **linear.attributes()) == []
+    heads = {"num_heads": 2, "scale": 1.0}
+    assert inferred(["b", "t", 8], ["q", "k", "v"], "Attention", **heads) == ["b", "t", 8]
+    assert inferred(["b", "t", 24], ["q"], "Attention", **heads) == ["b", "t", 8]
+    assert inferred(["b", "t", 24], ["q", "", "", "bias"], "Attention", **heads) == ["b", "t", 8]
+    assert inferred(["b", "t", "3d"], ["q"], "Attention", **heads) == []
+
+
+# --- what is refused when a session is created ------------------------------------------------------------------------
+
+
+def test_malformed_weights_are_refused(library: str) -> None:
+    models.check_malformed(library, 10_000)
+
+
+def test_valid_weights_are_not_refused(library: str) -> None:
+    """What the check of the malformed takes for valid opens, odd as it may be."""
+    rng = np.random.default_rng(11)
+    for _ in range(300):
+        group = int(rng.choice([1, 4]))
+        linear = Linear(
+            *(int(rng.integers(1, 40)), group * int(rng.integers(1, 9)), int(rng.integers(1, 257))),
+            *(group * int(rng.integers(1, 64)), group),
+            kept=float(rng.random()),
+            seed=int(rng.integers(1 << 30)),
+        )
+        assert models.is_valid(linear.arrays(), linear.attributes())
+        models.open_model(linear.model(), library)
+
+
+@pytest.mark.parametrize("name", ["values", "indices", "rows", "counts", "bias"])
+@pytest.mark.parametrize("how", ["input", "default of an input", "computed"])
+def test_weights_must_be_constant(library: str, name: str, how: str) -> None:
+    linear = Linear(70, 36, 32)
+    model, array = linear.model(), linear.arrays()[name]
+    kind, graph = helper.np_dtype_to_tensor_dtype(array.dtype), model.graph
+    if how == "default of an input":
+        graph.input.append(helper.make_tensor_value_info(name, kind, array.shape))
+    else:
+        kept = [tensor for tensor in graph.initializer if tensor.name != name]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        source = name if how == "input" else "source"
+        graph.input.append(helper.make_tensor_value_info(source, kind, array.shape))
+        if how == "computed":
+            graph.node.insert(0, helper.make_node("Identity", [source], [name]))
+    with pytest.raises(Exception, match=f"node 'linear': input {name} must be a constant of the graph"):
+        models.open_model(model, library)
+
+
+@pytest.mark.parametrize("name", ["values", "indices", "rows", "counts"])
+def test_weights_must_be_there(library: str, name: str) -> None:
+    linear = Linear(70, 36, 32)
+    arrays = linear.arrays()
+    del arrays[name]
+    with pytest.raises(Exception, match="linear"):
+        models.open_model(models.linear_model(arrays, linear.attributes()), library)
+
+
+@pytest.mark.parametrize("name", list(Linear(1, 1, 1).attributes()))
+def test_attributes_must_be_there_and_of_their_type(library: str, name: str) -> None:
+    linear = Linear(70, 36, 32)
+    attributes = linear.attributes()
+    for value in ([1.5, "1", [1]] if name != "activation" else [1, "", "Relu", "gelu\0", "x" * 300]) + [None]:
+        wrong = {**attributes, name: value}
+        if value is None:
+            del wrong[name]
+        with pytest.raises(Exception, match=f"node 'linear': attribute {name}"):
+            models.open_model(models.linear_model(linear.arrays(), wrong), library)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "attributes", "message"),
+    [
+        (["q"], {"scale": 1.0}, "attribute num_heads"),
+        (["q"], {"num_heads": 0, "scale": 1.0}, "attribute num_heads is 0, must be 1 to"),
+        (["q"], {"num_heads": 2**62, "scale": 1.0}, "attribute num_heads is"),
+        (["q"], {"num_heads": 2}, "attribute scale"),
+        (["q"], {"num_heads": 2, "scale": float("nan")}, "attribute scale is not finite"),
+        (["q", "k"], {"num_heads": 2, "scale": 1.0}, "inputs k and v must be both given or both left out"),
+        (["q", "", "v"], {"num_heads": 2, "scale": 1.0}, "inputs k and v must be both given or both left out"),
+        (["q"], {"num_heads": 2, "scale": 1.0, "kv_heads_first": 1}, "kv_heads_first needs the inputs k and v"),
+        (["q", "k", "v"], {"num_heads": 2, "scale": 1.0, "kv_heads_first": 2}, "attribute kv_heads_first is 2"),
+    ],
+)
+def test_malformed_attention_is_refused(
+    library: str, inputs: list[str], attributes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Exception, match=f"vlprune.Attention node 'attention': {message}"):
+        models.open_model(models.attention_model(inputs, **attributes), library)
+
+
+# --- where the weights lie, who runs them -----------------------------------------------------------------------------
+
+
+def unaligned(linear: Linear, folder: Path) -> str:
+    """Write a model whose weights lie in another file, each at an odd place."""
+    model = linear.model()
+    data = bytearray(4097)
+    for tensor in model.graph.initializer:
+        content = tensor.raw_data
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in {"location": "weights.bin", "offset": len(data), "length": len(content)}.items():
+            tensor.external_data.add(key=key, value=str(value))
+        data += content + b"\0" * (1 + len(content) % 2)
+    folder.mkdir(exist_ok=True)
+    (folder / "weights.bin").write_bytes(data)
+    del model.graph.input[0].type.tensor_type.shape.dim[:]
+    for size in ("batch", linear.K):
+        dim = model.graph.input[0].type.tensor_type.shape.dim.add()
+        if isinstance(size, str):
+            dim.dim_param = size
+        else:
+            dim.dim_value = size
+    onnx.save(model, folder / "model.onnx")
+    return str(folder / "model.onnx")
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_weights_may_lie_anywhere(library: str, tmp_path: Path, half: bool) -> None:
+    linear = Linear(300, 131, 128, 32, half=half)
+    opened = models.open_model(unaligned(linear, tmp_path), library)
+    x = np.random.default_rng(0).standard_normal((40, 300)).astype(np.float32)
+    for rows in (1, 40):
+        assert models.difference(opened.run(None, {"x": x[:rows]})[0], linear.expected(x[:rows])) <= 1e-5
+
+
+def test_weights_of_an_outer_graph(library: str) -> None:
+    """A branch of If with its weights outside, as merged decoders have them."""
+    linear = Linear(70, 36, 32)
+    model = linear.model()
+    branch = helper.make_graph([model.graph.node[0]], "branch", [], [model.graph.output[0]])
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["z"])], "other", [], [helper.make_tensor_value_info("z", 1, None)]
+    )
+    choose = helper.make_node("If", ["yes"], ["result"], then_branch=branch, else_branch=other)
+    inputs = [model.graph.input[0], helper.make_tensor_value_info("yes", TensorProto.BOOL, [])]
+    result = [helper.make_tensor_value_info("result", TensorProto.FLOAT, None)]
+    opened = models.open_model(models.model_of([choose], inputs, result, model.graph.initializer), library)
+    x = np.random.default_rng(0).standard_normal((5, 70)).astype(np.float32)
+    assert models.difference(opened.run(None, {"x": x, "yes": np.array(True)})[0], linear.expected(x)) <= 1e-5
+
+
+def test_eight_sessions_in_eight_threads(library: str) -> None:
+    """Registered, opened and run at the same time, and one session by all."""
+    x = np.random.default_rng(0).standard_normal((3, 40, 200)).astype(np.float32)
+    linears = [
+        Linear(200, 132, 64, 32, 1 + 3 * (seed % 2), seed % 3 == 0, activation="gelu", seed=seed) for seed in range(8)
+    ]
+    expected = [linear.expected(x) for linear in linears]
+    shared = models.open_model(linears[0].model(), library, threads=2)
+
+    def work(number: int) -> float:
+        options = onnxruntime.SessionOptions()
+        options.register_custom_ops_library(library)
+        options.intra_op_num_threads = 1 + number % 2
+        source = linears[number].model().SerializeToString()
+        own = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        worst = 0.0
+        for turn in range(40):
+            rows = 1 + (turn * 7 + number) % 40
+            part = x[:, :rows]
+            worst = max(worst, models.difference(own.run(None, {"x": part})[0], expected[number][:, :rows]))
+            worst = max(worst, models.difference(shared.run(None, {"x": part})[0], expected[0][:, :rows]))
+        return worst
+
+    with ThreadPoolExecutor(8) as pool:
+        assert max(pool.map(work, range(8))) <= 2e-5
+
+
+# --- the library ------------------------------------------------------------------------------------------------------
+
+
+class ApiBase(ctypes.Structure):
+    """ONNX Runtime's OrtApiBase."""
+
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
+    get_version = ctypes.CFUNCTYPE(ctypes.c_char_p)
+    _fields_ = [("GetApi", get_api), ("GetVersionString", get_version)]
+
+
+def register(library: str, base: ApiBase) -> int | None:
+    function = ctypes.CDLL(library).RegisterCustomOps
+    function.restype = ctypes.c_void_p
+    result: int | None = function(None, ctypes.byref(base))
+    return result
+
+
+def test_an_onnxruntime_too_old_is_told_so(library: str) -> None:
+    said: list[tuple[int, bytes]] = []
+    asked: list[int] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    def create_status(code: int, text: bytes) -> int:
+        said.append((code, text))
+        return 0x5EED
+
+    table = (ctypes.c_void_p * 1)(ctypes.cast(create_status, ctypes.c_void_p))
+
+    @ApiBase.get_api
+    def get_api(version: int) -> int | None:
+        asked.append(version)
+        return ctypes.addressof(table) if version < 17 else None
+
+    base = ApiBase(get_api, ApiBase.get_version(lambda: b"1.16.3"))
+    assert register(library, base) == 0x5EED
+    assert asked[0] == 17 and len(said) == 1
+    assert said[0][0] == 9 and b"need ONNX Runtime 1.17 or newer" in said[0][1]
+
+
+def test_no_interface_at_all(library: str, capfd: pytest.CaptureFixture[str]) -> None:
+    base = ApiBase(ApiBase.get_api(lambda version: None), ApiBase.get_version(lambda: b"?"))
+    assert register(library, base) is None
+    assert "need ONNX Runtime 1.17 or newer" in capfd.readouterr().err
+
+
+def test_library_shows_only_its_entries(library: str) -> None:
+    nm = shutil.which("nm")
+    if not nm or not sys.platform.startswith("linux"):
+        pytest.skip("nm is not there to list the symbols")
+    listed = subprocess.run([nm, "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    assert {line.split()[-1] for line in listed.splitlines()} == {
+        "RegisterCustomOps",
+        "vlprune_ops_isa",
+        "vlprune_ops_version",
+    }
+
+
+def test_library_tells_its_version(library: str) -> None:
+    import vlprune
+
+    function = ctypes.CDLL(library).vlprune_ops_version
+    function.restype = ctypes.c_char_p
+    assert function().decode() == vlprune.__version__
+    assert operators.isa() in ("avx512", "avx2", "portable")
+
+
+def test_unknown_instruction_set_is_refused(library: str) -> None:
+    done = run_program(library, "numbers", check=False, VLPRUNE_ISA="sse9")
+    assert done.returncode and "VLPRUNE_ISA is not one of avx512, avx2, portable" in done.stderr
+
+
+def test_session_registers_the_library_by_itself(library: str, tmp_path: Path) -> None:
+    linear = Linear(70, 36, 32)
+    onnx.save(linear.model(), tmp_path / "packed.onnx")
+    graph = OnnxGraph(session(tmp_path / "packed.onnx", threads=1), "packed")
+    x = np.ones((3, 70), np.float32)
+    assert models.difference(graph({"x": x})["y"], linear.expected(x)) <= 1e-5
+
+
+def one_line(error: pytest.ExceptionInfo[Any]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_packed_graph_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx.save(Linear(70, 36, 32).model(), tmp_path / "packed.onnx")
+    monkeypatch.setattr(operators, "_SUFFIX", ".missing")
+    assert not operators.available()
+    with pytest.raises(MachineError, match="were not built: install a C") as error:
+        session(tmp_path / "packed.onnx")
+    assert "--no-cache-dir" in one_line(error) and "without --pack" in one_line(error)
+    with pytest.raises(MachineError, match="were not built"):
+        operators.isa()
+
+
+def test_library_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "libvlprune_ops.so"
+    broken.write_bytes(b"not a library")
+    onnx.save(Linear(70, 36, 32).model(), tmp_path / "packed.onnx")
+    monkeypatch.setattr(operators, "library", lambda: broken)
+    with pytest.raises(MachineError, match="onnxruntime cannot use the operators") as error:
+        session(tmp_path / "packed.onnx")
+    one_line(error)
+    with pytest.raises(MachineError, match="cannot be loaded"):
+        operators.isa()
+
+
+def test_plain_graph_needs_no_library(linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = linear()
+    monkeypatch.setattr(operators, "_SUFFIX", ".missing")
+    assert session(path).get_outputs()[0].name == "y"
+
+
+def test_packed_graph_on_another_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA here: a session that asks for it, but opens on the CPU without the operators."""
+    from vlprune.runtime import session as module
+
+    path = tmp_path / "packed.onnx"
+    onnx.save(Linear(70, 36, 32).model(), path)
+    monkeypatch.setattr(module, "check_provider", lambda name: None)
+    monkeypatch.setitem(module._CHAINS, "cuda", ["CPUExecutionProvider"])
+    with pytest.raises(MachineError, match="packed for CPUs and does not run on provider cuda") as error:
+        session(path, "cuda")
+    assert "--provider cpu" in one_line(error) and "without --pack" in one_line(error)
+
+
+def test_malformed_packed_graph_is_one_line(library: str, tmp_path: Path) -> None:
+    linear = Linear(70, 36, 32)
+    arrays = linear.arrays()
+    arrays["counts"][0] += 1
+    onnx.save(models.linear_model(arrays, linear.attributes()), tmp_path / "packed.onnx")
+    with pytest.raises(RequestError, match="vlprune.SparseLinear node 'linear': counts: ") as error:
+        session(tmp_path / "packed.onnx")
+    one_line(error)
+
+
+# --- the build --------------------------------------------------------------------------------------------------------
+
+
+def configure(folder: Path, *options: str, **environment: str) -> str:
+    """Run cmake; returns what it said."""
+    if not shutil.which("cmake"):
+        pytest.skip("cmake is not there to build with")
+    command = ["cmake", "-S", str(ROOT), "-B", str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(folder: Path) -> None:
+    done = subprocess.run(["cmake", "--build", str(folder), "-j", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_installs_without_a_compiler(tmp_path: Path) -> None:
+    said = configure(tmp_path / "build", CXX=str(tmp_path / "no-compiler"))
+    assert "no C++ compiler, installing without the operators" in said
+    build(tmp_path / "build")
+    subprocess.run(["cmake", "--install", str(tmp_path / "build"), "--prefix", str(tmp_path / "to")], check=True)
+    assert not list(tmp_path.rglob("libvlprune_ops*"))
+
+
+def test_clean_under_sanitizers(tmp_path: Path) -> None:
+    """Numbers, malformed weights and weights at odd addresses, with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not there to build with")
+    configure(tmp_path, "-DVLPRUNE_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++")
+    build(tmp_path)
+    names = ("libasan.so", "libstdc++.so")
+    found = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in names
+    ]
+    if not all(Path(path).is_absolute() for path in found):
+        pytest.skip("g++ has no AddressSanitizer")
+    environment = {
+        "LD_PRELOAD": " ".join(found),  # ahead of Python, which knows neither
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and onnxruntime leave much to the end of the process
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    library = str(tmp_path / "libvlprune_ops.so")
+    for isa in ("avx512", "avx2", "portable"):
+        done = run_program(library, "numbers", check=False, VLPRUNE_ISA=isa, **environment)
+        if "instruction set that this processor lacks" not in done.stderr:
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert done.stdout == f"done with {isa}\n"
+        for half in (False, True):
+            model = unaligned(Linear(300, 131, 128, 32, half=half), tmp_path / f"half-{half}")
+            run_program(library, "run", model, VLPRUNE_ISA="portable", **environment)
+    assert run_program(library, "malformed", "1000", **environment).stdout.startswith("done")
+
+
+def test_from_the_source_archive(tmp_path: Path) -> None:
+    """The archive builds, its wheel has the library, and the wheel works in a virtual environment of its own."""
+    if not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("no C++ compiler to build with")
+    pytest.importorskip("build", reason="the module build is not there to make an archive")
+    try:
+        import scikit_build_core  # noqa: F401
+
+        isolated = ([], []) if not shutil.which("cmake") else (["--no-isolation"], ["--no-build-isolation"])
+    except ImportError:
+        isolated = ([], [])
+
+    def run(*command: str, **environment: str) -> str:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **environment}, check=False
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    run(sys.executable, "-m", "build", "--sdist", *isolated[0], "--outdir", str(tmp_path), str(ROOT))
+    (archive,) = tmp_path.glob("*.tar.gz")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *isolated[1], str(archive))
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+    assert "vlprune/runtime/libvlprune_ops.so" in names
+    assert not [name for name in names if "csrc" in name], "the sources do not belong into the wheel"
+
+    onnx.save(Linear(70, 36, 32).model(), tmp_path / "packed.onnx")
+    run(sys.executable, "-m", "venv", "--without-pip", "fresh")
+    python = str(tmp_path / "fresh" / "bin" / "python")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", str(wheel))
+    # Its dependencies come from here: as a plain folder, so that the editable install does not take over.
+    code = (
+        "import vlprune; from vlprune.runtime import operators; from vlprune.runtime.session import session\n"
+        "print(session('packed.onnx').get_outputs()[0].name, operators.library(), vlprune.__file__)"
+    )
+    said = run(python, "-c", code, PYTHONPATH=sysconfig.get_path("purelib")).split()
+    assert said[0] == "y"
+    assert all(Path(path).is_relative_to(tmp_path) for path in said[1:]), said
