@@ -1,6 +1,6 @@
 """Processes of their own that sparse_cpu.py starts: they import only what they measure.
 
-python _workers.py memory GRAPH INPUTS.npz THREADS [LIBRARY]   # peak memory of a session and its first run; - opens none
+python _workers.py memory GRAPH INPUTS.npz THREADS [LIBRARY]   # peak memory of a session and one run; - opens none
 python _workers.py deepsparse GRAPH INPUTS.npz THREADS         # runs the graph once for every line read
 """
 

@@ -736,7 +736,7 @@ def ratio(row: dict[str, Any]) -> str:
     return "{:.2f} [{:.2f}, {:.2f}]".format(row["ratio"], *row["ratio_ci95"])
 
 
-TIMED = ["dense graph", "dense ms", "packed ms", "ratio [95 %]", "target", "", "rounds (dropped)"]
+TIMED = ["against", "its ms", "packed ms", "ratio [95 %]", "target", "", "rounds (dropped)"]
 
 
 def timed(row: dict[str, Any]) -> list[str]:
@@ -832,7 +832,7 @@ def int8_text(rows: Rows) -> list[str]:
     """Write the part about dynamic int8."""
     about = (
         'The dense graph quantised by `onnxruntime.quantization.quantize_dynamic(op_types_to_quantize=["MatMul"], '
-        'per_channel=True, weight_type=QInt8)`; "dense ms" are its times.'
+        "per_channel=True, weight_type=QInt8)`."
     )
     label = lambda row: str(row["batch"])  # noqa: E731
     against = [
