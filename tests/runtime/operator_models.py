@@ -146,6 +146,8 @@ def options(library: str, threads: int = 1) -> onnxruntime.SessionOptions:
     made.intra_op_num_threads = threads
     made.log_severity_level = 4
     made.add_session_config_entry("session.force_spinning_stop", "1")
+    # Every tensor in memory of its own, so that AddressSanitizer sees its ends.
+    made.enable_cpu_mem_arena = made.enable_mem_pattern = False
     return made
 
 
