@@ -22,6 +22,10 @@ def compress(
     batch_size: o.BatchSize = None,
     image_size: o.ImageSize = None,
     export: o.Export = "none",
+    pack: o.Pack = "none",
+    values: o.Values = "fp32",
+    target: o.Target = "auto",
+    pack_threshold: o.PackThreshold = None,
     provider: o.Providers = o.CPU,
     bench_batch: o.BenchBatches = o.BATCHES,
     samples: o.Samples = None,
@@ -38,7 +42,7 @@ def compress(
 
     \b
     Examples:
-      vlprune compress blip-tiny --ratio 0.9 --export onnx --output run
+      vlprune compress blip-tiny --ratio 0.9 --export onnx --pack sparse --output run
       vlprune compress blip --ratio 0.63,0.75,0.9 --calibration cc3m.json --data retrieval=train.json,test.json -o run
     """
     data_of = o.sources(data)
@@ -66,6 +70,10 @@ def compress(
         providers=list(provider),
         bench_batches=list(bench_batch),
         samples=samples,
+        pack=pack,
+        values=values,
+        target=target,
+        pack_threshold=pack_threshold,
         device=device,
         threads=threads,
         seed=seed,

@@ -397,6 +397,40 @@ Finetune = Annotated[
     ),
 ]
 Export = Annotated[Literal["onnx", "none"], typer.Option("--export", help="Write ONNX graphs and measure them.")]
+Pack = Annotated[
+    Literal["none", "sparse"],
+    typer.Option("--pack", help="sparse: write packed graphs, too, whose layers skip the zeros (CPU only)."),
+]
+Values = Annotated[
+    Literal["fp32", "fp16"],
+    typer.Option("--values", help="Weights in packed graphs: fp32 is exact, fp16 rounds and takes less space."),
+]
+Target = Annotated[
+    Literal["auto", "avx512", "avx2", "portable"],
+    typer.Option("--target", help="Instruction set that decides which layers are packed; auto: this machine's."),
+]
+PackThreshold = Annotated[
+    float | None,
+    typer.Option(
+        "--pack-threshold",
+        min=0,
+        max=1,
+        metavar="SHARE",
+        help="Pack layers with at least this share of zeros; by default those that pay on the target.",
+    ),
+]
+Unpack = Annotated[
+    bool, typer.Option("--unpack", help="Write plain ONNX graphs from packed ones: RUN, a folder of them, or a file.")
+]
+RunOrPacked = Annotated[
+    Path,
+    typer.Argument(
+        callback=check_path,
+        metavar="RUN",
+        help="Run directory; with --unpack also a packed ONNX file or a folder of them.",
+        show_default=False,
+    ),
+]
 Providers = Annotated[
     Names,
     typer.Option(

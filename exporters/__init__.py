@@ -1,7 +1,8 @@
 """Exporters: one file per model family; imported as `vlprune.exporters`.
 
-`export` writes the ONNX graphs of a task and compares them with PyTorch, `torch_graphs` runs the same graphs in
-PyTorch, `task_spec` makes the task.json that both are scored with, `parameters` maps the names in a file to PyTorch's.
+`export` writes the ONNX graphs of a task and compares them with PyTorch, `pack_task` packs their sparse layers and
+compares again, `unpack_files` undoes that; `torch_graphs` runs the same graphs in PyTorch, `task_spec` makes the
+task.json that all are scored with, `parameters` maps the names in a file to PyTorch's.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlprune.exporters.onnx_files import export
+    from vlprune.exporters.packed_files import pack_task, unpack_files
     from vlprune.exporters.simplify import parameters
     from vlprune.models.blip import Blip
     from vlprune.runtime.generate import Graph
 
-__all__ = ["export", "parameters", "task_spec", "torch_graphs"]
+__all__ = ["export", "pack_task", "parameters", "task_spec", "torch_graphs", "unpack_files"]
 
 _HOMES = {
     "export": "vlprune.exporters.onnx_files",
+    "pack_task": "vlprune.exporters.packed_files",
     "parameters": "vlprune.exporters.simplify",
+    "unpack_files": "vlprune.exporters.packed_files",
 }  # torch and Optimum are heavy
 
 

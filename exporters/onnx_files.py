@@ -23,6 +23,7 @@ from vlprune.data.sets import CaptionData, VqaData
 from vlprune.errors import MachineError, RequestError
 from vlprune.exporters.compare import compare
 from vlprune.exporters.graphs import INTEGERS, Axes, Graph, as_function, nest
+from vlprune.exporters.pack import LIMIT
 from vlprune.exporters.simplify import TRANSPOSED, simplify
 from vlprune.files import write_json
 from vlprune.models.blip import Blip
@@ -31,7 +32,6 @@ from vlprune.runtime.session import OnnxGraph, session
 
 
 OPSETS = range(17, 21)  # LayerNormalization exists from 17 on; torch's TorchScript exporter ends at 20
-LIMIT = 2**31 - 2**20  # bytes of weights from which a file's weights go beside it: protobuf ends at 2 GiB
 
 # Sizes for tracing. None is 1 or 0, which would be taken for fixed, and no two are equal.
 TRACED = {"batch": 2, "length": 5, "past": 3, "past + length": 8, "states": 7}

@@ -69,9 +69,7 @@ def pack(
     if not 0 <= limit <= 1:
         raise RequestError(f"pack threshold {limit} is no share of zeros: give a number from 0 to 1")
     if is_packed(model):
-        raise RequestError(
-            f"the graph {model.graph.name or ''} is packed already: give the plain one".replace("  ", " ")
-        )
+        raise RequestError("the graph is packed already: give the plain one")
     opset = _opset(model)
     if opset not in OPSETS:
         raise RequestError(f"opset {opset} cannot be packed: export with 17 to 20")

@@ -230,28 +230,32 @@ def _onnx(path: Path) -> dict[str, Any]:
     rows, types = [], Counter[str]()
     everything, total, zeros = Counter[str](), Counter[str](), Counter[str]()
     weight_bytes = 0
+    packed = _packed_weights(graphs)
     for tensor in (tensor for graph in graphs for tensor in getattr(graph, "initializer", ())):
         kind = TensorProto.DataType.Name(tensor.data_type) if tensor.data_type in TensorProto.DataType.values() else "?"
         values = _values(path, tensor)
-        size, zero = math.prod(tensor.dims), 0
+        name, shape = packed.get(tensor.name, (tensor.name, list(tensor.dims)))
+        size, zero = math.prod(shape), 0
         if values is not None:
-            zero = size - int(np.count_nonzero(values))
+            zero = max(size - int(np.count_nonzero(values)), 0)
             weight_bytes += values.nbytes
         types[kind] += 1
+        if not name:
+            continue  # tells where the values of a packed weight belong
         everything["parameters"] += size
         everything["zeros"] += zero
-        if len(tensor.dims) < 2:
+        if len(shape) < 2:
             continue
-        modality = _onnx_modality(tensor.name)
+        modality = _onnx_modality(name)
         if modality:
             total[modality] += size
             zeros[modality] += zero
         rows.append(
             {
-                "weight": _plain(tensor.name),
+                "weight": _plain(name),
                 "modality": modality,
                 "read_by": ", ".join(sorted(readers.get(tensor.name, ()))),
-                "shape": list(tensor.dims),
+                "shape": shape,
                 "sparsity": None if values is None else _fraction(zero, size),
             }
         )
@@ -295,6 +299,20 @@ def _graphs(model: ModelProto) -> Iterator[Any]:
         for attribute in (attribute for node in graph.node for attribute in node.attribute):
             waiting += [attribute.g] if attribute.HasField("g") else []
             waiting += attribute.graphs
+
+
+def _packed_weights(graphs: Iterable[Any]) -> dict[str, tuple[str, list[int]]]:
+    """Initializers of packed weights: the weight's name and shape for its values, no name for the rest of it."""
+    from vlprune.runtime.operators import DOMAIN
+
+    found = {}
+    for node in (node for graph in graphs for node in graph.node):
+        if node.domain == DOMAIN and node.op_type == "SparseLinear" and len(node.input) > 4:
+            sizes = {attribute.name: attribute.i for attribute in node.attribute}
+            shape = [max(sizes.get(name, 0), 0) for name in ("out_features", "in_features")]
+            found |= {name: ("", []) for name in node.input[2:5]}
+            found[node.input[1]] = (node.input[1].removesuffix("/values"), shape)
+    return found
 
 
 def _values(path: Path, tensor: TensorProto) -> Any:

@@ -12,6 +12,9 @@ from vlprune.errors import RequestError
 METHODS = ("multiflow", "omp", "local-magnitude", "modal-magnitude", "l2", "lamp", "random")
 TASKS = ("retrieval", "captioning", "vqa")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
+PACKINGS = ("none", "sparse")
+PACKED_VALUES = ("fp32", "fp16")
+TARGETS = ("auto", "avx512", "avx2", "portable")
 
 
 def check(kind: str, name: str, known: Iterable[str]) -> str:

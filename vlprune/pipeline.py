@@ -12,14 +12,16 @@ from vlprune.models import MODELS
 from vlprune.pruning import get_method
 from vlprune.pruning.budgets import checked_ratio
 from vlprune.pruning.patterns import Pattern
+from vlprune.report.manifest import write_manifest
 from vlprune.run import Run
+from vlprune.runtime import operators
 from vlprune.runtime.session import check_provider
 
 
 if TYPE_CHECKING:
     from vlprune.stages import Stages
 
-__all__ = ["compress", "export", "finetune", "prune", "validate"]
+__all__ = ["compress", "export", "finetune", "prune", "unpack", "validate"]
 
 CALIBRATION_IMAGES = 1024
 
@@ -46,6 +48,10 @@ def compress(
     providers: list[str] | None = None,
     bench_batches: list[int] | None = None,
     samples: int | None = None,
+    pack: str = "none",
+    values: str = "fp32",
+    target: str = "auto",
+    pack_threshold: float | None = None,
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -75,6 +81,11 @@ def compress(
         providers: ONNX Runtime providers to validate and time on.
         bench_batches: batch sizes to time.
         samples: test samples per task at most.
+        pack: "sparse" = write packed graphs of the pruned variants, too, whose Linears skip the zeros (CPU only).
+        values: weights in packed graphs: "fp32" exact, "fp16" rounded and half the size.
+        target: instruction set that decides which layers are packed: "auto" = this machine's, "avx512", "avx2",
+            "portable".
+        pack_threshold: share of zeros from which a layer is packed, None = by the target.
         device: "auto", "cpu" or "cuda", for PyTorch.
         threads: of PyTorch and ONNX Runtime on the CPU.
         seed: of everything random.
@@ -96,6 +107,9 @@ def compress(
         "bench_batches": bench_batches or [1, 8],
         "samples": samples,
     }
+    recipe |= _pack_recipe(pack, values, target, pack_threshold)
+    if pack != "none" and not export:
+        raise RequestError(f"--pack {pack} packs ONNX graphs: add --export onnx")
     for provider in recipe["providers"]:
         check_provider(provider)
     stages = _start(Path(output), recipe, resume)
@@ -158,6 +172,7 @@ def prune(
         "providers": ["cpu"],
         "bench_batches": [1, 8],
         "samples": None,
+        **_pack_recipe("none", "fp32", "auto", None),
     }
     stages = _start(Path(output), recipe, resume)
     _prune(stages)
@@ -214,6 +229,10 @@ def export(
     *,
     data: dict[str, str] | None = None,
     tasks: list[str] | None = None,
+    pack: str = "none",
+    values: str = "fp32",
+    target: str = "auto",
+    pack_threshold: float | None = None,
     threads: int | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
@@ -223,15 +242,37 @@ def export(
         run: run directory.
         data: added to the run's data; real inputs for the comparison.
         tasks: see `compress`.
+        pack: see `compress`.
+        values: see `compress`.
+        target: see `compress`.
+        pack_threshold: see `compress`.
         threads: see `compress`.
         resume: see `compress`.
 
     Returns:
         dict[str, Any]: report.json.
     """
-    stages = _reopen(run, data, tasks, resume, {"threads": threads, "export": "onnx"})
+    packing = _pack_recipe(pack, values, target, pack_threshold)
+    stages = _reopen(run, data, tasks, resume, {"threads": threads, "export": "onnx", **packing})
     _export(stages)
     return stages.report()
+
+
+def unpack(path: Path | str) -> list[dict[str, Any]]:
+    """Write plain ONNX graphs for packed ones.
+
+    Args:
+        path: a packed ONNX file, a folder of them, or a run directory.
+
+    Returns:
+        list[dict[str, Any]]: see `vlprune.exporters.unpack_files`.
+    """
+    from vlprune.exporters import unpack_files
+
+    rows = unpack_files(Path(path))
+    if (Path(path) / "recipe.yaml").is_file():
+        write_manifest(Path(path), Run.open(Path(path), True).recipe["seed"])
+    return rows
 
 
 def validate(
@@ -301,16 +342,21 @@ def _export(stages: Stages) -> None:
     for task in stages.tasks:
         for variant in stages.shipped():
             stages.export(variant, task)
+        for variant in stages.shipped():
+            if stages.packs and variant.ratio is not None:
+                stages.pack(variant, task)
 
 
 def _validate(stages: Stages) -> None:
     for provider in stages.recipe["providers"]:
         for task in stages.tasks:
             for variant in stages.shipped():
-                if not stages.model.source.random_weights:
-                    stages.validate(variant, task, provider)
-                if variant.ratio is not None:
-                    stages.bench(variant, task, provider)
+                packs = stages.packs and variant.ratio is not None and provider == "cpu"
+                for packed in (False, True) if packs else (False,):
+                    if not stages.model.source.random_weights:
+                        stages.validate(variant, task, provider, packed)
+                    if variant.ratio is not None:
+                        stages.bench(variant, task, provider, packed)
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -372,6 +418,26 @@ def _finetune_recipe(mode: str, max_steps: int | None, epochs: int | None, lr: f
     return {"mode": mode, "max_steps": max_steps, "epochs": epochs, "lr": lr}
 
 
+def _pack_recipe(pack: str, values: str, target: str, threshold: float | None) -> dict[str, Any]:
+    """Check the options of packing."""
+    names.check("packing", pack, names.PACKINGS)
+    names.check("kind of values", values, names.PACKED_VALUES)
+    names.check("target", target, names.TARGETS)
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise RequestError(f"--pack-threshold {threshold} is no share of zeros: give a number from 0 to 1")
+    if pack == "none" and (values, target, threshold) != ("fp32", "auto", None):
+        raise RequestError("--values, --target and --pack-threshold are for packed graphs: add --pack sparse")
+    return {"pack": pack, "values": values, "target": target, "pack_threshold": threshold}
+
+
+def _check_operators(recipe: dict[str, Any]) -> None:
+    """Find out before any work whether packed graphs can be made and run here."""
+    if recipe["pack"] != "none":
+        import onnxruntime
+
+        operators.register(onnxruntime.SessionOptions())
+
+
 def _check_choices(ratios: list[float], method: str, pattern: str, tasks: list[str]) -> None:
     if not ratios or len({checked_ratio(ratio) for ratio in ratios}) < len(ratios):
         raise RequestError(f"ratios {ratios} must name at least one, and none twice")
@@ -413,6 +479,7 @@ def _set_up(run: Run) -> Stages:
 def _start(folder: Path, recipe: dict[str, Any], resume: bool) -> Stages:
     """Begin a run once all that can be refused has been looked at: an earlier run in the folder is lost then."""
     _check_device(recipe["device"])
+    _check_operators(recipe)
     stages = _set_up(Run.start(folder, recipe, resume))
     stages.settle(prunes=True)
     stages.run.begin()
@@ -431,6 +498,10 @@ def _reopen(
     run.check_recipe()
     recipe = run.recipe
     recipe.update({key: value for key, value in changes.items() if value is not None or key not in recipe})
+    if "pack" in changes:
+        recipe["pack_threshold"] = changes["pack_threshold"]  # None is a choice, too
+    if "export" in changes or "bench_batches" in changes:  # the verbs that make and run packed graphs
+        _check_operators(recipe)
     recipe["data"] = recipe["data"] | (data or {})
     recipe["tasks"] = tasks or recipe["tasks"]
     if not recipe["data"]:

@@ -31,7 +31,9 @@ from vlprune.report.schema import SCHEMA_VERSION, validate_report
 
 
 ROWS = ("variants", "metrics", "graphs", "throughput")
-KINDS = ("statistics", "prune", "checkpoint", "finetune", "score", "export", "validate", "bench")  # order of the report
+KINDS = (  # in the order of the report
+    "statistics", "prune", "checkpoint", "finetune", "score", "export", "pack", "validate", "bench",
+)  # fmt: skip
 RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later verbs find it
     "model": str,
     "family": str | None,
@@ -53,7 +55,12 @@ RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later
     "providers": list,
     "bench_batches": list,
     "samples": int | None,
+    "pack": str,
+    "values": str,
+    "target": str,
+    "pack_threshold": float | None,
 }
+UNPACKED = {"pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None}  # what older recipes leave out
 OWN = ("stages", "masks", "checkpoints", "onnx", "training", "statistics.safetensors", "report.json", "report.md")
 
 
@@ -140,6 +147,7 @@ class Run:
             RequestError: an option is missing or of the wrong kind.
         """
         path = self.folder / "recipe.yaml"
+        self.recipe = UNPACKED | self.recipe
         for key, kinds in RECIPE.items():
             if key not in self.recipe:
                 raise RequestError(f"{path} does not tell {key}: prune again")

@@ -1,6 +1,6 @@
 """The stages of a compression, each reading and writing the run directory.
 
-    statistics -> prune -> finetune -> score (PyTorch) -> export -> validate (ONNX Runtime) -> bench
+    statistics -> prune -> finetune -> score (PyTorch) -> export -> pack -> validate (ONNX Runtime) -> bench
 
 A stage's result depends on the recipe and on the stages it needs, nothing else; `Run.stage` decides whether it runs.
 """
@@ -20,6 +20,7 @@ import torch
 from vlprune import exporters
 from vlprune.data import CaptionData, MissingSplitError, VqaData, check_images, open_calibration, open_data
 from vlprune.errors import RequestError
+from vlprune.exporters.pack import resolve_target
 from vlprune.files import atomic_path, read_json
 from vlprune.models import load, loading
 from vlprune.models.blip import Blip
@@ -37,6 +38,7 @@ from vlprune.training.finetune import FinetuneOptions, finetune
 
 
 BATCH = 32  # samples at once in calibration and evaluation
+PACKED = "packed"  # folder of packed graphs, inside that of the plain ones
 BENCH_SECONDS = 2.0  # per graph and batch size; slow graphs take their ten rounds, however long
 
 
@@ -371,7 +373,13 @@ class Stages:
         return {"metrics": [self._metrics(variant, task, graphs, self.spec(model, task), where)]}
 
     def _metrics(
-        self, variant: Variant, task: str, graphs: Any, spec: dict[str, Any], where: dict[str, str]
+        self,
+        variant: Variant,
+        task: str,
+        graphs: Any,
+        spec: dict[str, Any],
+        where: dict[str, str],
+        packed: bool = False,
     ) -> dict[str, Any]:
         data = self.data(task, "test")
         scores = evaluate(task, graphs, spec, self.model.processor, data, self.batch, self.recipe["seed"])
@@ -382,7 +390,7 @@ class Stages:
             "n": scores.n,
             **where,
             "precision": "fp32",
-            "packed": False,
+            **self._packing(packed),
             "values": scores.values,
             "ci95": {name: list(bounds) for name, bounds in scores.ci95.items()},
         }
@@ -392,7 +400,7 @@ class Stages:
 
     def export(self, variant: Variant, task: str) -> None:
         """Write the ONNX graphs of a task and compare each with PyTorch."""
-        folder = self.run.folder / "onnx" / variant.id / task
+        folder = self._graphs(variant, task)
         needs = self._made_by(variant, task)
         if variant.ratio is not None:  # its sizes are held against the dense graphs'
             needs = (*needs, f"export/{self.dense.id}/{task}")
@@ -418,32 +426,73 @@ class Stages:
             row |= {"file": file, "dense_bytes": dense_bytes}
         return {"graphs": rows}
 
-    def validate(self, variant: Variant, task: str, provider: str) -> None:
-        """Compute the task's metrics in ONNX Runtime on the exported graphs."""
-        name = f"validate/{variant.id}/{task}/{provider}"
-        work = partial(self._validate, variant, task, provider)
-        self.run.stage(name, self._test_key(task), work, (f"export/{variant.id}/{task}",))
+    @property
+    def packs(self) -> bool:
+        """Whether the run packs its pruned variants."""
+        return self.recipe["pack"] != "none"
 
-    def _validate(self, variant: Variant, task: str, provider: str) -> dict[str, Any]:
+    def pack(self, variant: Variant, task: str) -> None:
+        """Write packed graphs beside the plain ones and compare each with PyTorch."""
+        folder = self._graphs(variant, task, packed=True)
+        target = resolve_target(self.recipe["target"])
+        key = {**self._key("pack", "values", "pack_threshold"), "target": target}
+        reuse = self.run.resume and (folder / "task.json").is_file()
+        work = partial(self._pack, variant, task, folder, target)
+        self.run.stage(f"pack/{variant.id}/{task}", key, work, (f"export/{variant.id}/{task}",), reuse)
+
+    def _pack(self, variant: Variant, task: str, folder: Path, target: str) -> dict[str, Any]:
+        recipe, plain = self.recipe, self._graphs(variant, task)
+        options = {"values": recipe["values"], "target": target, "threshold": recipe["pack_threshold"]}
+        model, data = self.build(variant, task), self.data(task, "test")
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            rows = exporters.pack_task(model, plain, temporary, data, **options, threads=recipe["threads"])
+        before = {row["graph"]: row for row in self.run.rows(f"export/{variant.id}/{task}")["graphs"]}
+        file = f"onnx/{variant.id}/{task}/{PACKED}"
+        return {
+            "graphs": [
+                {**before[row["graph"]], **row, "packed": True, "file": f"{file}/{row['file']}"}  # same dense_bytes
+                for row in rows
+            ]
+        }
+
+    def _packing(self, packed: bool) -> dict[str, Any]:
+        """Tell in a row how weights are stored."""
+        return {"packed": True, "weights": self.recipe["values"]} if packed else {"packed": False}
+
+    def _graphs(self, variant: Variant, task: str, packed: bool = False) -> Path:
         folder = self.run.folder / "onnx" / variant.id / task
+        return folder / PACKED if packed else folder
+
+    def validate(self, variant: Variant, task: str, provider: str, packed: bool = False) -> None:
+        """Compute the task's metrics in ONNX Runtime on the exported, or on the packed graphs."""
+        name = f"validate/{variant.id}/{task}/{provider}" + (f"/{PACKED}" if packed else "")
+        work = partial(self._validate, variant, task, provider, packed)
+        self.run.stage(name, self._test_key(task), work, (f"{self._written_by(packed)}/{variant.id}/{task}",))
+
+    def _written_by(self, packed: bool) -> str:
+        return "pack" if packed else "export"
+
+    def _validate(self, variant: Variant, task: str, provider: str, packed: bool) -> dict[str, Any]:
+        folder = self._graphs(variant, task, packed)
         graphs = load_graphs(folder, provider, self.recipe["threads"])
         where = {"runtime": "onnxruntime", "provider": provider}
-        return {"metrics": [self._metrics(variant, task, graphs, read_json(folder / "task.json"), where)]}
+        return {"metrics": [self._metrics(variant, task, graphs, read_json(folder / "task.json"), where, packed)]}
 
-    def bench(self, variant: Variant, task: str, provider: str) -> None:
-        """Time every graph of a pruned variant against the dense one's."""
+    def bench(self, variant: Variant, task: str, provider: str, packed: bool = False) -> None:
+        """Time every graph of a pruned variant, plain or packed, against the dense one's."""
         dense = self.dense
-        name = f"bench/{variant.id}/{task}/{provider}"
-        work = partial(self._bench, variant, dense, task, provider)
-        needs = tuple(f"export/{v.id}/{task}" for v in (dense, variant))
+        name = f"bench/{variant.id}/{task}/{provider}" + (f"/{PACKED}" if packed else "")
+        work = partial(self._bench, variant, dense, task, provider, packed)
+        needs = (f"export/{dense.id}/{task}", f"{self._written_by(packed)}/{variant.id}/{task}")
         self.run.stage(name, self._key("bench_batches", "threads"), work, needs)
 
-    def _bench(self, variant: Variant, dense: Variant, task: str, provider: str) -> dict[str, Any]:
-        folders = [self.run.folder / "onnx" / v.id / task for v in (dense, variant)]
+    def _bench(self, variant: Variant, dense: Variant, task: str, provider: str, packed: bool) -> dict[str, Any]:
+        folders = [self._graphs(dense, task), self._graphs(variant, task, packed)]
         graphs = sorted(path.stem for path in folders[1].glob("*.onnx"))
         cases = [(graph, batch) for graph in graphs for batch in self.recipe["bench_batches"]]
         rows = []
-        for graph, batch in track(cases, f"Timing {variant.id} {task}"):
+        for graph, batch in track(cases, f"Timing {variant.id} {task}" + (f", {PACKED}" if packed else "")):
             timed = compare(
                 folders[0] / f"{graph}.onnx",
                 folders[1] / f"{graph}.onnx",
@@ -455,7 +504,7 @@ class Stages:
                 seed=self.recipe["seed"],
             )
             row = {"variant": variant.id, "task": task, "graph": graph, "provider": provider}
-            rows.append({**row, "precision": "fp32", "packed": False, "batch": batch, **timed})
+            rows.append({**row, "precision": "fp32", **self._packing(packed), "batch": batch, **timed})
         return {"throughput": rows}
 
     # --- report ----------------------------------------------------------------------------------------------------

@@ -62,6 +62,10 @@ def test_compress_hands_everything_over(pipeline: Any, tmp_path: Path, capsys: p
         "providers": ["cpu"],
         "bench_batches": [1, 8],
         "samples": None,
+        "pack": "none",
+        "values": "fp32",
+        "target": "auto",
+        "pack_threshold": None,
         "device": "auto",
         "threads": None,
         "seed": 5,
@@ -81,6 +85,33 @@ def test_stages_take_a_run(pipeline: Any, tmp_path: Path, verb: str) -> None:
     assert (name, arguments) == (verb, (tmp_path,))
     assert options["tasks"] == ["retrieval"]
     assert options["data"] == {}
+
+
+def test_export_takes_the_options_of_packing(pipeline: Any, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 0\n")
+    packing = ["--pack", "sparse", "--values", "fp16", "--target", "avx2", "--pack-threshold", "0.7"]
+    assert main(["export", str(tmp_path), "--json", *packing]) == 0
+    ((name, _, options),) = pipeline.calls
+    assert name == "export"
+    chosen = {"pack": "sparse", "values": "fp16", "target": "avx2", "pack_threshold": 0.7}
+    assert options.items() >= chosen.items()
+
+
+def test_unpacking_takes_files_and_folders(pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "g.onnx"
+    file.write_bytes(b"")
+    assert main(["export", "--unpack", str(file), "--json"]) == 0
+    assert main(["export", str(tmp_path), "--unpack", "--json"]) == 0
+    assert [(name, arguments) for name, arguments, _ in pipeline.calls] == [
+        ("unpack", (file,)),
+        ("unpack", (tmp_path,)),
+    ]
+    capsys.readouterr()
+    assert main(["export", str(tmp_path), "--unpack", "--pack", "sparse"]) == 2
+    assert "--pack and --unpack exclude each other" in _one_line(capsys)
+    assert main(["export", str(file)]) == 2
+    assert "is not a run directory" in _one_line(capsys)
+    assert len(pipeline.calls) == 2
 
 
 def test_prune_knows_no_task(pipeline: Any, tmp_path: Path) -> None:

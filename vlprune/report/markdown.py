@@ -1,9 +1,20 @@
 """report.md: the report for people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vlprune.report.schema import Metrics, Report
-from vlprune.report.summary import RANDOM, ZEROS, is_unstructured, points, summarize, title
+from vlprune.report.summary import (
+    PACKED,
+    RANDOM,
+    ZEROS,
+    has_packed,
+    is_unstructured,
+    packing,
+    points,
+    summarize,
+    title,
+)
 
 
 def render_markdown(report: Report) -> str:
@@ -38,6 +49,8 @@ def _head(report: Report) -> str:
         lines.append(f"**{RANDOM}**")
     if is_unstructured(report):
         lines.append(ZEROS)
+    if has_packed(report):
+        lines.append(PACKED)
     return "\n\n".join(lines)
 
 
@@ -47,17 +60,16 @@ def _scores(report: Report) -> str:
     blocks = ["## Scores", "All scores times 100; in brackets the 95 % bootstrap interval over the test samples."]
     rows = summarize(report)
     if rows:
-        blocks.append(
-            _table(
-                ["variant", "task", "metric", "dense", "dense, fine-tuned", "pruned", "pruned, fine-tuned", "ONNX"],
-                [
-                    [row.variant, row.task, title(row.metric)]
-                    + [points(x) for x in (row.dense, row.dense_finetuned, row.pruned, row.finetuned, row.onnx)]
-                    for row in rows
-                ],
-                text_columns=3,
-            )
-        )
+        columns = ["variant", "task", "metric", "dense", "dense, fine-tuned", "pruned", "pruned, fine-tuned", "ONNX"]
+        body = [
+            [row.variant, row.task, title(row.metric)]
+            + [points(x) for x in (row.dense, row.dense_finetuned, row.pruned, row.finetuned, row.onnx)]
+            for row in rows
+        ]
+        if has_packed(report):
+            columns.append("ONNX, packed")
+            body = [[*cells, points(row.packed)] for cells, row in zip(body, rows, strict=True)]
+        blocks.append(_table(columns, body, text_columns=3))
     for task, dataset in dict.fromkeys((row["task"], row["dataset"]) for row in report["metrics"]):
         blocks += _task(task, dataset, report)
     return "\n\n".join(blocks)
@@ -80,7 +92,11 @@ def _task(task: str, dataset: str, report: Report) -> list[str]:
 
 def _runtime(row: Metrics) -> str:
     name = "PyTorch" if row["runtime"] == "pytorch" else "ONNX Runtime"
-    return f"{name}, {row['provider']}, {row['precision']}" + (", packed" if row["packed"] else "")
+    return f"{name}, {row['provider']}, {row['precision']}{_packed(row)}"
+
+
+def _packed(row: Mapping[str, Any]) -> str:
+    return f", {packing(row)}" if row["packed"] else ""
 
 
 def _interval(row: Metrics, metric: str) -> str:
@@ -114,7 +130,7 @@ def _graphs(report: Report) -> str:
     body = [
         [
             f"`{row['file']}`",
-            row["precision"] + (", packed" if row["packed"] else ""),
+            row["precision"] + _packed(row),
             _megabytes(row["bytes"]),
             _megabytes(row["dense_bytes"]),
             _percent(row["nonzero_fraction"]),
@@ -125,6 +141,8 @@ def _graphs(report: Report) -> str:
     ]
     columns = ["file", "precision", "size", "dense size", "nonzero", "max abs difference", "min cosine"]
     intro = "Differences are between ONNX Runtime and PyTorch on the same inputs. 1 MB = 1,000,000 bytes."
+    if has_packed(report):
+        intro += " `packing.json` beside packed graphs tells of every layer whether it is packed, and why not."
     return f"## ONNX graphs\n\n{intro}\n\n{_table(columns, body, text_columns=2)}"
 
 
@@ -138,7 +156,7 @@ def _throughput(report: Report) -> str:
             [
                 row["variant"],
                 f"{row['task']} / {row['graph']}",
-                f"{row['provider']}, {row['precision']}" + (", packed" if row["packed"] else ""),
+                f"{row['provider']}, {row['precision']}{_packed(row)}",
                 str(row["batch"]),
                 f"{row['dense']['p50_ms']:.2f}",
                 f"{row['compressed']['p50_ms']:.2f}",

@@ -89,6 +89,7 @@ class Metrics(TypedDict):
         values: metric -> score, higher is better; shares in 0 to 1, cider in 0 to 10 (papers print both times 100).
         ci95: metric -> [low, high], 95 % bootstrap interval over samples, in the unit of the value.
         skipped: broken records left out (`--skip-broken`).
+        weights: how a packed file stores them, "fp32" or "fp16"; `precision` is that of the computation.
     """
 
     variant: str
@@ -102,6 +103,7 @@ class Metrics(TypedDict):
     values: dict[str, float]
     ci95: dict[str, list[float]]
     skipped: NotRequired[int]
+    weights: NotRequired[str]
 
 
 class Graph(TypedDict):
@@ -119,6 +121,9 @@ class Graph(TypedDict):
         nonzero_fraction: share of nonzero entries among the weights of prunable layers, in [0, 1].
         max_abs_diff: largest |ONNX Runtime - PyTorch| over all outputs and probes.
         cosine_min: smallest cosine between the two, over outputs and samples.
+        weights: how a packed file stores them, "fp32" or "fp16"; `precision` is that of the computation.
+        linears: how many Linears a packed file has, those made one node counted once.
+        linears_packed: how many of them are packed; packing.json beside the file tells why others are not.
     """
 
     variant: str
@@ -132,6 +137,9 @@ class Graph(TypedDict):
     nonzero_fraction: float
     max_abs_diff: float
     cosine_min: float
+    weights: NotRequired[str]
+    linears: NotRequired[int]
+    linears_packed: NotRequired[int]
 
 
 class Timing(TypedDict):
@@ -162,6 +170,7 @@ class Throughput(TypedDict):
         rounds: undisturbed rounds that the figures come from.
         dropped: rounds thrown away because other processes took cores.
         note: why there is no verdict, where there is none.
+        weights: how the compressed side stores them where it is packed, "fp32" or "fp16".
     """
 
     variant: str
@@ -179,6 +188,7 @@ class Throughput(TypedDict):
     rounds: NotRequired[int]
     dropped: NotRequired[int]
     note: NotRequired[str]
+    weights: NotRequired[str]
 
 
 class Stage(TypedDict):

@@ -1,6 +1,8 @@
 """The figures a reader wants first, gathered from the flat rows of a report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vlprune.report.schema import Metrics, Report, Variant
 
@@ -25,6 +27,10 @@ ZEROS = (
     "Unstructured zeros do not make standard ONNX operators faster: they multiply zeros like any other number. "
     "What the zeros gain is size, once the weights are packed."
 )
+PACKED = (
+    "Packed graphs (CPU only) skip the zeros: their ratio is a gain of speed, from Linears run by vlprune.SparseLinear "
+    "and attentions by vlprune.Attention; their size, held against the dense file's, is a gain of size."
+)
 RANDOM = "The weights are random: sizes and times mean something, accuracy does not, so none is shown."
 
 
@@ -41,6 +47,7 @@ class Row:
         pruned: score right after pruning.
         finetuned: score after fine-tuning.
         onnx: score of the last of these, computed by ONNX Runtime at full precision.
+        packed: the same on the packed graphs.
     """
 
     variant: str
@@ -51,6 +58,7 @@ class Row:
     pruned: float | None
     finetuned: float | None
     onnx: float | None
+    packed: float | None = None
 
 
 def summarize(report: Report) -> list[Row]:
@@ -71,6 +79,8 @@ def summarize(report: Report) -> list[Row]:
             for metric in headline(task, of_task):
                 one_shot, tuned = base, f"{base}-finetuned"
                 onnx = _score(of_task, tuned, metric, "onnxruntime")
+                packed = _score(of_task, tuned, metric, "onnxruntime", packed=True)
+                one_shot_packed = _score(of_task, one_shot, metric, "onnxruntime", packed=True)
                 rows.append(
                     Row(
                         variant=base,
@@ -81,6 +91,7 @@ def summarize(report: Report) -> list[Row]:
                         pruned=_score(of_task, one_shot, metric),
                         finetuned=_score(of_task, tuned, metric),
                         onnx=_score(of_task, one_shot, metric, "onnxruntime") if onnx is None else onnx,
+                        packed=one_shot_packed if packed is None else packed,
                     )
                 )
     return rows
@@ -148,10 +159,36 @@ def points(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _score(rows: list[Metrics], variant: str, metric: str, runtime: str = "pytorch") -> float | None:
-    """First full-precision, unpacked score of a variant, else None."""
+def packing(row: Mapping[str, Any]) -> str:
+    """Name the form of a row's weights for people.
+
+    Args:
+        row: of metrics, graphs or throughput.
+
+    Returns:
+        str: "plain", or "packed" and how the values are stored.
+    """
+    return f"packed {row.get('weights', '')}".rstrip() if row["packed"] else "plain"
+
+
+def has_packed(report: Report) -> bool:
+    """Tell whether any graph is packed.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        bool: one is.
+    """
+    return any(row["packed"] for row in report["graphs"])
+
+
+def _score(
+    rows: list[Metrics], variant: str, metric: str, runtime: str = "pytorch", packed: bool = False
+) -> float | None:
+    """First full-precision score of a variant, packed or not, else None."""
     for row in rows:
-        plain = row["precision"] == "fp32" and not row["packed"]
+        plain = row["precision"] == "fp32" and row["packed"] == packed
         if plain and row["variant"] == variant and row["runtime"] == runtime and metric in row["values"]:
             return row["values"][metric]
     return None

@@ -9,7 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from vlprune.report.schema import Report
-from vlprune.report.summary import RANDOM, ZEROS, is_unstructured, points, summarize, title
+from vlprune.report.summary import (
+    PACKED,
+    RANDOM,
+    ZEROS,
+    has_packed,
+    is_unstructured,
+    packing,
+    points,
+    summarize,
+    title,
+)
 
 
 def console() -> Console:
@@ -63,10 +73,27 @@ def print_report(report: Report, screen: Console | None = None) -> None:
     ]
     if sparsities:
         screen.print(table("Sparsity", sparsities))
+    packed = has_packed(report)
+    sizes = [
+        {
+            "variant": row["variant"],
+            "graph": f"{row['task']} / {row['graph']}",
+            "weights": packing(row),
+            "packed layers": f"{row.get('linears_packed', 0)} of {row.get('linears', 0)}",
+            "dense MB": f"{row['dense_bytes'] / 1e6:,.2f}",
+            "MB": f"{row['bytes'] / 1e6:,.2f}",
+            "share": f"{row['bytes'] / max(row['dense_bytes'], 1):.3f}",
+        }
+        for row in report["graphs"]
+        if row["packed"]
+    ]
+    if sizes:
+        screen.print(table("Size of packed graphs", sizes))
     timings = [
         {
             "variant": row["variant"],
             "graph": f"{row['task']} / {row['graph']}",
+            **({"weights": packing(row)} if packed else {}),
             "provider": row["provider"],
             "batch": row["batch"],
             "dense ms": f"{row['dense']['p50_ms']:.2f}",
@@ -80,6 +107,8 @@ def print_report(report: Report, screen: Console | None = None) -> None:
         screen.print(table("Throughput", timings))
     if report["graphs"] and is_unstructured(report):
         screen.print(ZEROS)
+    if packed:
+        screen.print(PACKED)
 
 
 def _scores(report: Report) -> Table:
@@ -87,10 +116,18 @@ def _scores(report: Report) -> Table:
     grid = Table(title=Text(f"{name}: scores x 100"), title_justify="left", box=SIMPLE_HEAD, title_style="bold")
     for column in ("variant", "task", "metric"):
         grid.add_column(column)
-    for column in ("dense", "dense, fine-tuned", "pruned", "pruned, fine-tuned", "ONNX"):
+    packed = ("ONNX, packed",) if has_packed(report) else ()
+    for column in ("dense", "dense, fine-tuned", "pruned", "pruned, fine-tuned", "ONNX", *packed):
         grid.add_column(column, justify="right")
     for row in summarize(report):
-        scores = (row.dense, row.dense_finetuned, row.pruned, row.finetuned, row.onnx)
+        scores = (
+            row.dense,
+            row.dense_finetuned,
+            row.pruned,
+            row.finetuned,
+            row.onnx,
+            *([row.packed] if packed else []),
+        )
         grid.add_row(row.variant, row.task, title(row.metric), *map(points, scores))
     return grid
 
