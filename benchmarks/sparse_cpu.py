@@ -485,9 +485,7 @@ class Bench:
             row = self.rows[f"memory/90 {values}"]
             row["of_process"] = row["peak_bytes"] / dense
             row["of_session"] = (row["peak_bytes"] - base) / (dense - base)
-            judged = values == "fp16" and self.sizes.judged
-            row["target"] = MEMORY if judged else None
-            row["reached"] = row["of_session"] <= MEMORY if judged else None
+            row["target"] = MEMORY if values == "fp16" and self.sizes.judged else None
 
     def _peak(self, path: Path | None) -> dict[str, Any]:
         opened = session(self.files.plain("image"), threads=self.threads)
@@ -866,14 +864,18 @@ def memory_text(rows: Rows) -> list[str]:
     body = []
     for kind, title in names.items():
         if row := rows.get(f"memory/{kind}"):
-            shares = [f"{row[key]:.3f}" if key in row else "" for key in ("of_process", "of_session")]
-            body.append([title, f"{row['peak_bytes'] / 1e6:.0f}", *shares, *verdict(row, "<=")])
+            shares = []
+            for key in ("of_process", "of_session"):
+                judged = {**row, "reached": row[key] <= MEMORY} if row.get("target") else {}
+                shares += [f"{row[key]:.3f}" if key in row else "", verdict(judged)[1]]
+            target = f"<= {row['target']:.2f}" if row.get("target") else ""
+            body.append([title, f"{row['peak_bytes'] / 1e6:.0f}", target, *shares])
     about = (
         "Most resident memory (VmHWM) that a fresh process with onnxruntime and numpy ever held until its first run of "
-        "one image had ended; median of several. The target is for the session: what the process holds beyond its "
-        "imports, against the same of the dense graph as exported."
+        "one image had ended; median of several. The session's share leaves out, on both sides, what the imports alone "
+        "take; the target is for the session. Shares are of the dense graph as exported."
     )
-    columns = ["image encoder", "peak MB", "of the dense process", "of the dense session", "target", ""]
+    columns = ["image encoder", "peak MB", "target", "of the dense process", "", "of the dense session", ""]
     return ["## Memory", about, table(columns, body)]
 
 
