@@ -545,6 +545,16 @@ def test_installs_without_a_compiler(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("libvlprune_ops*"))
 
 
+def test_installs_with_a_compiler_too_old(tmp_path: Path) -> None:
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not there to be made old")
+    old = tmp_path / "old-g++"
+    old.write_text('#!/bin/sh\nexec g++ -D__builtin_shufflevector=missing "$@"\n')
+    old.chmod(0o755)
+    said = configure(tmp_path / "build", f"-DCMAKE_CXX_COMPILER={old}")
+    assert "is not GCC 12, Clang, or newer, installing without the operators" in said
+
+
 def test_clean_under_sanitizers(tmp_path: Path) -> None:
     """Numbers, malformed weights and weights at odd addresses, with AddressSanitizer and UndefinedBehaviorSanitizer."""
     if not shutil.which("g++"):

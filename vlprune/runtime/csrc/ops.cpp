@@ -4,16 +4,15 @@
 // A node is checked when its session is created: from then on its weights are known to be sound, and only the shapes of
 // its other inputs are looked at when it runs. Exceptions do not leave this file.
 #include <algorithm>
-#include <climits>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -86,7 +85,7 @@ OrtStatus* guarded(const OrtApi* api, const char* who, const Body& body) noexcep
       text = std::string(who) + ": failed to allocate memory";
       what = text.c_str();
     }
-  } catch (const std::exception& error) {
+  } catch (...) {
     what = "vlprune: failed to allocate memory for a message";
   }
   return CreateStatus(api, code, what);
