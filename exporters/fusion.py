@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from vlprune.errors import RequestError
+
 
 DOMAIN = "vlprune"
 SAME_SHAPE = {"Erf", "Gelu", "Identity", "LayerNormalization", "Relu", "Sigmoid", "Tanh"}  # as their first input
@@ -691,8 +693,14 @@ def attributes(node: NodeProto) -> dict[str, Any]:
 
     Returns:
         dict[str, Any]: by name; strings as bytes.
+
+    Raises:
+        RequestError: one is of no type.
     """
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    try:
+        return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    except ValueError as error:
+        raise RequestError(f"the node {node.name} has a broken attribute ({error}): export it again") from error
 
 
 def reads(node: NodeProto) -> list[str]:

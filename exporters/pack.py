@@ -33,7 +33,7 @@ __all__ = ["THRESHOLDS", "decode", "encode", "is_packed", "load", "pack", "resol
 # Share of zeros from which a packed Linear is faster than a dense one, per instruction set.
 THRESHOLDS = {"avx512": 0.45, "avx2": 0.5, "portable": 0.6}
 SMALLEST = 64 * 64  # weights; smaller Linears gain nothing that could be measured
-VALUES = {"fp32": np.float32, "fp16": np.float16}
+VALUES: dict[str, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu")
 LIMIT = 2**31 - 2**20  # bytes of weights from which a file's weights go beside it: protobuf ends at 2 GiB
 OPSETS = range(13, 24)  # what Softmax, Split and Squeeze are written for
@@ -296,7 +296,8 @@ class _Packer:
         if linear.bias is not None:
             stored = {tensor.name: list(tensor.dims) for tensor in self.plain.graph.initializer}
             own = self.graph.array(linear.bias_name)
-            reuse = stored.get(linear.bias_name) == [linear.shape[0]] and np.array_equal(own, linear.bias)
+            same = own is not None and np.array_equal(own, linear.bias)
+            reuse = same and stored.get(linear.bias_name) == [linear.shape[0]]
             bias = linear.bias_name if reuse else self._tensor(linear.bias, f"{_base(linear.weight)}/bias")
         self.graph.replace(nodes, self._sparse_linear(choice, [bias, residual], output, activation))
 
@@ -471,11 +472,14 @@ class _Unpacker:
             rows = slice(start, start + part["rows"])
             start = rows.stop
             whole = len(parts) == 1
-            name = self._weight((*key, rows.start), part, rows, given, names, gemm and part.get("as_is", False))
-            part_bias = bias if whole or part.get("bias") else ""
-            if biases is not None and part_bias and part.get("bias", bias) != bias:
-                part_bias = self._tensor(biases[rows], part["bias"])
-            results.append(self._product(builder, inputs["x"], name, part_bias, gemm, part.get("as_is", False)))
+            as_is = gemm and bool(part.get("as_is"))
+            name = self._weight((*key, rows.start, as_is), part, rows, given, names, as_is)
+            part_bias = bias
+            if biases is not None and not whole and not part.get("bias") and not biases[rows].any():
+                part_bias = ""  # one of q, k, v had none
+            elif biases is not None and (not whole or part.get("bias", bias) != bias):
+                part_bias = self._tensor(biases[rows], part.get("bias") or f"{name}/bias")
+            results.append(self._product(builder, inputs["x"], name, part_bias, gemm, as_is))
         residual = inputs.get("residual", "")
         if len(results) > 1 and activation == b"none" and not residual:
             self.parts[node.output[0]] = results
@@ -504,7 +508,8 @@ class _Unpacker:
     ) -> str:
         if key not in self._weights:
             sizes = {name: int(given[name]) for name in _ATTRIBUTES}
-            weight = decode(*(self._array(name) for name in names), **sizes)[rows]
+            values, indices, counted, counts = (self._array(name) for name in names)
+            weight = decode(values, indices, counted, counts, **sizes)[rows]
             self._weights[key] = self._tensor(weight if as_is else weight.T, part["name"])
         return self._weights[key]
 

@@ -305,7 +305,7 @@ def _packed_weights(graphs: Iterable[Any]) -> dict[str, tuple[str, list[int]]]:
     """Initializers of packed weights: the weight's name and shape for its values, no name for the rest of it."""
     from vlprune.runtime.operators import DOMAIN
 
-    found = {}
+    found: dict[str, tuple[str, list[int]]] = {}
     for node in (node for graph in graphs for node in graph.node):
         if node.domain == DOMAIN and node.op_type == "SparseLinear" and len(node.input) > 4:
             sizes = {attribute.name: attribute.i for attribute in node.attribute}

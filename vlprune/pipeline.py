@@ -216,7 +216,7 @@ def finetune(
         dict[str, Any]: report.json.
     """
     chosen = _finetune_recipe(finetune, max_steps, epochs, lr) | ({} if seed is None else {"seed": seed})
-    changes = {"finetune": chosen, "batch_size": batch_size}
+    changes: dict[str, Any] = {"finetune": chosen, "batch_size": batch_size}
     changes |= {"device": device, "threads": threads, "skip_broken": skip_broken}
     _check_device(device)
     stages = _reopen(run, data, tasks, resume, changes)

@@ -994,6 +994,8 @@ def spoil(packed, what):
     elif what == "kind":
         node.attribute.remove(attributes["panel_rows"])
         node.attribute.append(helper.make_attribute("panel_rows", "128"))
+    elif what == "no type":
+        attributes["panel_rows"].type = 0
     elif what == "activation":
         attributes["activation"].s = b"swish"
     elif what == "operator":
@@ -1016,8 +1018,8 @@ def spoil(packed, what):
 
 @pytest.mark.parametrize(
     "what",
-    ["values", "indices", "rows", "counts", "raw", "constant", "attribute", "kind", "activation", "operator", "bias",
-     "no json", "list", "inner list", "no name", "rows", "negative rows", "deep"],
+    ["values", "indices", "rows", "counts", "raw", "constant", "attribute", "kind", "no type", "activation",
+     "operator", "bias", "no json", "list", "inner list", "no name", "rows", "negative rows", "deep"],
 )  # fmt: skip
 def test_malformed_packed_graphs_are_refused(what):
     graph = x3()
@@ -1026,6 +1028,17 @@ def test_malformed_packed_graphs_are_refused(what):
     with pytest.raises(RequestError) as error:
         unpack(packed)
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+def test_metadata_cannot_take_a_bias_away():
+    graph = x3()
+    model = graph.model(graph.linear("x"))
+    packed, _ = pack(model, target="avx2")
+    name = packed.graph.node[0].name
+    parts = [{"name": "a", "rows": N // 2, "bias": None}, {"name": "b", "rows": N - N // 2}]
+    next(e for e in packed.metadata_props if e.key == "vlprune.layers").value = json.dumps({name: {"weights": parts}})
+    feeds = feeds_of(model)
+    np.testing.assert_allclose(run(unpack(packed), feeds)[0], run(model, feeds)[0], atol=1e-5)
 
 
 def test_metadata_are_not_needed():
