@@ -16,6 +16,7 @@ import argparse
 import ast
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -35,16 +36,16 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from vlprune import exporters, load
-from vlprune.exporters import blip, fusion, layout, onnx_files, pack, simplify
+from vlprune.exporters import pack, simplify
 from vlprune.files import atomic_path, read_json, write_json
-from vlprune.models import blip as models_blip
-from vlprune.models import loading
 from vlprune.report.environment import environment
 from vlprune.runtime import operators, timing
 from vlprune.runtime.session import session
 
 
+# What needs torch is imported where a graph is exported: the processes that time layers start without it.
+EXPORTING = ("vlprune.exporters.blip", "vlprune.exporters.simplify", "vlprune.models.blip", "vlprune.models.loading")
+PACKING = ("vlprune.exporters.pack", "vlprune.exporters.fusion", "vlprune.exporters.layout")
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("_workers.py")
 PARTS = ("image", "text", "decoder", "int8", "deepsparse", "memory", "threads", "kernel")
@@ -119,8 +120,8 @@ class Files:
         self.root = root
         self.model_name = model
         self.seed = seed
-        self.sources = code(blip, simplify, models_blip, loading)
-        self.packing = f"{code(pack, fusion, layout)}-{pack.THRESHOLDS[operators.isa()]}"
+        self.sources = code(*EXPORTING)
+        self.packing = f"{code(*PACKING)}-{pack.THRESHOLDS[operators.isa()]}"
         for kind, digest in (("plain", self.sources), ("packed", self.packing)):
             for folder in root.glob(f"{model}-{kind}-*"):
                 if folder.name != f"{model}-{kind}-{digest}":
@@ -128,11 +129,10 @@ class Files:
 
     @cached_property
     def _model(self) -> Any:
+        from vlprune import load
+
         say(f"loading {self.model_name}")
         return load(self.model_name)
-
-    def _prunable(self) -> set[str]:
-        return set(read_json(self.spec_path("image"))["prunable"])
 
     def _plain_path(self, name: str) -> Path:
         return self.root / f"{self.model_name}-plain-{self.sources}" / name
@@ -144,6 +144,9 @@ class Files:
         """Write once what tells the inputs of a graph, and the names of the model's prunable weights."""
         path = self._plain_path(f"{graph}.json")
         if not path.exists():
+            from vlprune import exporters
+            from vlprune.exporters import onnx_files
+
             names = sorted(onnx_files._prunable_weights(self._model))
             spec = exporters.task_spec(self._model, GRAPHS[graph][0])
             write_json(path, {"spec": spec, "prunable": names})
@@ -158,6 +161,8 @@ class Files:
         """Export a graph."""
         path = self._plain_path(f"{graph}.onnx" if opset == 18 else f"{graph}-opset{opset}.onnx")
         if not path.exists():
+            from vlprune.exporters import blip, onnx_files
+
             task, name = GRAPHS[graph]
             prunable = set(read_json(self.spec_path(graph))["prunable"])
             module = blip.graphs(self._model, task)[name]
@@ -258,11 +263,13 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
         onnx.save_model(model, temporary)
 
 
-def code(*modules: Any) -> str:
+def code(*modules: str) -> str:
     """Hash what modules do, without comments, docstrings and the thresholds that this script measures."""
     digest = hashlib.sha256()
     for module in modules:
-        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        spec = importlib.util.find_spec(module)
+        assert spec is not None and spec.origin is not None
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         tree.body = [node for node in tree.body if "THRESHOLDS" not in ast.unparse(node).partition("=")[0].split()]
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
@@ -854,8 +861,8 @@ def deepsparse_text(rows: Rows) -> list[str]:
     """Write the part about DeepSparse."""
     label = lambda row: str(row["batch"])  # noqa: E731
     about = (
-        f'DeepSparse {DEEPSPARSE} in a process of its own, on the same zeros (opset 12, one image); "dense ms" are its '
-        "times, taken here around a request through a pipe."
+        f"DeepSparse {DEEPSPARSE} in a process of its own, on the same zeros (opset 12, one image), timed around a "
+        "request through a pipe."
     )
     more = [
         f"A request alone takes {row['request_ms']:.2f} ms; largest difference between the two engines "
@@ -963,9 +970,9 @@ def versions() -> dict[str, Any]:
         "library": hashlib.sha256(operators.library().read_bytes()).hexdigest()[:10],
         "version": library.vlprune_ops_version().decode(),
         "isa": isa,
-        "packing": code(pack, fusion, layout),
+        "packing": code(*PACKING),
         "packs_all": pack.THRESHOLDS[isa] <= min(share for share, _ in MASKS.values()),
-        "graphs": code(blip, simplify, models_blip, loading),
+        "graphs": code(*EXPORTING),
     }
 
 
@@ -981,7 +988,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "vlprune" / "sparse_cpu")
     parser.add_argument(
-        "--results", type=Path, help="the document (default: docs/results/sparse_cpu.md, without --quick)"
+        "--results", type=Path, help="the document (default: docs/results/sparse_cpu.md, once every part is measured)"
     )
     parser.add_argument("--kernel-worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -1012,7 +1019,10 @@ def main() -> None:
             }
         else:
             say(f"{args.json} is of other settings or other code: everything is measured again")
-    command = " ".join(["python", "benchmarks/sparse_cpu.py", *(word for word in sys.argv[1:] if word != "--resume")])
+    given = {"quick": "" if args.quick else None, "threads": args.threads, "seconds": args.seconds, "seed": args.seed}
+    usual = {"threads": 2, "seed": 0}
+    words = [f"--{name} {value}".strip() for name, value in given.items() if value not in (None, usual.get(name))]
+    command = " ".join(["python benchmarks/sparse_cpu.py", *words])
     figures = {
         "command": command,
         "settings": settings,
@@ -1032,7 +1042,12 @@ def main() -> None:
     keep()
     text = document(figures)
     print(text)
-    results = args.results or (None if args.quick else ROOT / "docs" / "results" / "sparse_cpu.md")
+    results = args.results
+    if results is None and not args.quick:
+        if {name.partition("/")[0] for name in rows} >= set(PARTS):
+            results = ROOT / "docs" / "results" / "sparse_cpu.md"
+        else:
+            say("some parts are not measured: the document stays as it is")
     if results:
         with atomic_path(results) as temporary:
             temporary.write_text(text, encoding="utf-8")
