@@ -30,9 +30,10 @@ from vlprune.exporters.simplify import TRANSPOSED
 
 __all__ = ["THRESHOLDS", "decode", "encode", "is_packed", "load", "pack", "resolve_target", "save", "unpack"]
 
-# Share of zeros from which a packed Linear is faster than a dense one, per instruction set.
+# Share of zeros from which a packed Linear counts as faster than a dense one, per instruction set. Estimates, until
+# benchmarks/sparse_cpu.py has measured where the two meet.
 THRESHOLDS = {"avx512": 0.45, "avx2": 0.5, "portable": 0.6}
-SMALLEST = 64 * 64  # weights; smaller Linears gain nothing that could be measured
+SMALLEST = 64 * 64  # weights; smaller Linears stay dense
 VALUES: dict[str, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu")
 LIMIT = 2**31 - 2**20  # bytes of weights from which a file's weights go beside it: protobuf ends at 2 GiB
