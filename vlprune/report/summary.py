@@ -28,8 +28,9 @@ ZEROS = (
     "What the zeros gain is size, once the weights are packed."
 )
 PACKED = (
-    "Packed graphs (CPU only) skip the zeros. Their throughput ratio is what that gains in speed, with attentions fused, "
-    "too (vlprune.SparseLinear, vlprune.Attention); their size, held against the dense file's, is what it gains in size."
+    "Packed graphs (CPU only) skip the zeros. Their throughput ratio is what that gains in speed, fused attentions "
+    "included (vlprune.SparseLinear, vlprune.Attention); their size, held against the dense file's, is what it gains "
+    "in size."
 )
 RANDOM = "The weights are random: sizes and times mean something, accuracy does not, so none is shown."
 
