@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <thread>
 
 #include "kernel_set.h"
 
@@ -97,8 +98,17 @@ struct Tiles {
   int64_t tokens, vectors, count;
   int width;
 
-  Tiles(int64_t tokens, int width, int most)
-      : tokens(tokens), vectors((tokens + width - 1) / width), count((vectors + most - 1) / most), width(width) {}
+  // `share`: the number of tiles is a multiple of it where there are enough vectors.
+  Tiles(int64_t tokens, int width, int most, int64_t share)
+      : tokens(tokens), vectors((tokens + width - 1) / width), count((vectors + most - 1) / most), width(width) {
+    count = std::min((count + share - 1) / share * share, vectors);
+  }
+
+  // Vectors of the thread that has most to do.
+  int64_t busiest(int64_t share) const {
+    const int64_t rounds = (count + share - 1) / share, longer = vectors % count;  // tiles with a vector more
+    return rounds * (vectors / count) + (longer + share - 1) / share;
+  }
 
   int64_t first_vector(int64_t tile) const { return tile * vectors / count; }
   int64_t first_token(int64_t tile) const { return first_vector(tile) * width; }
@@ -108,10 +118,18 @@ struct Tiles {
   }
 };
 
-// From so many tiles on each is one part of the work, transposed by the thread that computes with it, in its own cache.
-// Fewer tiles are transposed first, by all threads, and then computed panel by panel, so that no thread idles.
-constexpr int64_t kManyTiles = 12;
+// Few tokens are transposed first, by all threads, and then computed panel by panel: no thread idles, and each reads only
+// its part of the weights. When that much no longer fits the cache of a core (kSmall floats of the usual 1 MB), each thread
+// transposes and computes tiles of its own, if they can be shared out evenly, or nearly (kUneven).
+constexpr int64_t kSmall = 192 * 1024;
+constexpr double kUneven = 1.15;
 constexpr int64_t kTransposed = 256;  // columns per part of the first step
+
+// The threads a pool may have. ONNX Runtime does not tell, but by default it has one per core.
+int64_t threads() {
+  static const int64_t count = std::max(1u, std::thread::hardware_concurrency());
+  return count;
+}
 
 }  // namespace
 
@@ -136,7 +154,11 @@ void sparse_linear(const SparseWeights& w, const float* x, int64_t tokens, const
     return;
   }
 
-  const Tiles tiles(tokens, set.width, w.group == 1 ? set.vectors : set.vectors_grouped);
+  const int most = w.group == 1 ? set.vectors : set.vectors_grouped;
+  const Tiles shared_out(tokens, set.width, most, threads());
+  const bool small = shared_out.vectors * set.width * w.K <= kSmall;
+  const bool own = !small && shared_out.busiest(threads()) * threads() <= kUneven * shared_out.vectors;
+  const Tiles tiles = own ? shared_out : Tiles(tokens, set.width, most, 1);
   const int64_t largest = (tiles.vectors + tiles.count - 1) / tiles.count * set.width;  // tokens of a tile
   auto compute = [&](int64_t tile, int64_t panel, const float* transposed, float* sums) {
     const int64_t token = tiles.first_token(tile);
@@ -144,7 +166,7 @@ void sparse_linear(const SparseWeights& w, const float* x, int64_t tokens, const
               y + token * w.N, sums);
   };
 
-  if (tiles.count >= kManyTiles) {
+  if (own) {
     run(parallel, pool, tiles.count, [&](size_t tile) {
       float* memory = own_memory.floats((w.K + w.panel) * largest);
       if (!memory) return false;
@@ -169,7 +191,8 @@ void sparse_linear(const SparseWeights& w, const float* x, int64_t tokens, const
   run(parallel, pool, tiles.count * panels, [&](size_t part) {
     float* sums = own_memory.floats(w.panel * largest);
     if (!sums) return false;
-    compute(part / panels, part % panels, place(part / panels), sums);
+    const int64_t tile = small ? part % tiles.count : part / panels;
+    compute(tile, small ? part / tiles.count : part % panels, place(tile), sums);
     return true;
   });
 }

@@ -73,16 +73,23 @@ inline F activated(F x, int activation) {
     case kGeluTanh:  // 0.5 (1 + tanh u) = 1 / (1 + e^-2u)
       return x / (exponential(x * (x * x * 0.044715f + 1.f) * -1.5957691216057308f) + 1.f);
     case kGelu: {
-      // x (1 + erf(x / sqrt 2)) / 2 by formula 7.1.26 of Abramowitz and Stegun (error of erf below 1.5e-7), which gives
-      // 1 - erf: negative x then lose nothing by cancellation.
-      const F z = -at_least((x < 0.f ? x : -x) * 0.70710678118654752f, -20.f);
-      const F t = reciprocal(z * 0.3275911f + 1.f);
-      F p = t * 1.061405429f - 1.453152027f;
-      p = p * t + 1.421413741f;
-      p = p * t - 0.284496736f;
-      p = p * t + 0.254829592f;
-      const F tail = p * t * exponential(-z * z) * 0.5f;
-      return x * (x < 0.f ? tail : 1.f - tail);
+      // x (1 + erf(x / sqrt 2)) / 2. erf(z) / z is a rational function of z^2, fitted on [-3.9, 3.9] (error of erf 1.5e-8,
+      // with float arithmetic 1.2e-7); beyond, erf differs from 1 by less than half an ulp.
+      F z = at_least(x * 0.70710678118654752f, -3.9f);
+      z = -at_least(-z, -3.9f);
+      const F u = z * z;
+      F p = u * 2.05038452e-6f + 2.87455063e-4f;
+      F q = u * 3.82305981e-5f + 1.18171901e-3f;
+      p = p * u + 3.83681971e-3f;
+      q = q * u + 1.51090924e-2f;
+      p = p * u + 5.29667421e-2f;
+      q = q * u + 1.14757694e-1f;
+      p = p * u + 1.91939825e-1f;
+      q = q * u + 5.0343402e-1f;
+      p = p * u + 1.12837903f;
+      q = q * u + 1.f;
+      const F half = x * 0.5f;
+      return half * (z * p * reciprocal(q)) + half;
     }
     default:
       return x;
@@ -258,7 +265,8 @@ void finish(const SparseWeights& w, int64_t n0, int64_t n, const float* sums, in
 }
 
 template <int NV, class T>
-void panel_of(const SparseWeights& w, int64_t panel, const float* tile, int tokens, float* y, float* sums) {
+void panel_of(const SparseWeights& w, int64_t panel, const float* tile, int tokens,
+              const float* residual, const float* y, float* sums) {
   const int64_t blocks = (w.K + w.block - 1) / w.block, n0 = panel * w.panel;
   const int n = static_cast<int>(least(w.panel, w.N - n0)) / w.group;
   const int64_t lists = (n0 / w.group) * blocks;  // entries of `rows` and `counts` before this panel
@@ -267,9 +275,12 @@ void panel_of(const SparseWeights& w, int64_t panel, const float* tile, int toke
     const int64_t start = w.offsets[panel * blocks + b], list = lists + b * n;
     const T* values = static_cast<const T*>(w.values) + start * w.group;
     const float* x = tile + b * w.block * NV * W;
-    // The outputs are fetched meanwhile, or the stores at the end would wait for them.
+    // What `finish` reads and writes is fetched meanwhile, or it would wait for it.
     for (int64_t t = tokens * b / blocks; t < tokens * (b + 1) / blocks; ++t)
-      for (int i = 0; i < n * w.group; i += 16) __builtin_prefetch(y + t * w.N + n0 + i, 0, 2);
+      for (int i = 0; i < n * w.group; i += 16) {
+        __builtin_prefetch(y + t * w.N + n0 + i, 0, 2);
+        if (residual) __builtin_prefetch(residual + t * w.N + n0 + i, 0, 2);
+      }
     if constexpr (NV <= kVectorsGrouped) {
       if (w.group == 4) {
         groups_of_block<NV, T>(x, sums, values, w.indices + start, w.rows + list, w.counts + list, n, b == 0, bias);
@@ -281,18 +292,18 @@ void panel_of(const SparseWeights& w, int64_t panel, const float* tile, int toke
 }
 
 template <int NV>
-void panel_for(const SparseWeights& w, int64_t panel, const float* tile, int tokens, int vectors, float* y,
-               float* sums) {
+void panel_for(const SparseWeights& w, int64_t panel, const float* tile, int tokens, int vectors,
+               const float* residual, const float* y, float* sums) {
   if constexpr (NV > 0) {
-    if (vectors != NV) return panel_for<NV - 1>(w, panel, tile, tokens, vectors, y, sums);
-    return w.half ? panel_of<NV, uint16_t>(w, panel, tile, tokens, y, sums)
-                  : panel_of<NV, float>(w, panel, tile, tokens, y, sums);
+    if (vectors != NV) return panel_for<NV - 1>(w, panel, tile, tokens, vectors, residual, y, sums);
+    return w.half ? panel_of<NV, uint16_t>(w, panel, tile, tokens, residual, y, sums)
+                  : panel_of<NV, float>(w, panel, tile, tokens, residual, y, sums);
   }
 }
 
 void panel(const SparseWeights& w, int64_t panel, const float* tile, int tokens, int vectors, const float* residual,
            float* y, float* sums) {
-  panel_for<kVectors>(w, panel, tile, tokens, vectors, y, sums);
+  panel_for<kVectors>(w, panel, tile, tokens, vectors, residual, y, sums);
   const int64_t n0 = panel * w.panel;
   finish(w, n0, least(w.panel, w.N - n0), sums, tokens, vectors, residual, y);
 }

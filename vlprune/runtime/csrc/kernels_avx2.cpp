@@ -9,7 +9,7 @@ namespace {
 
 constexpr int W = 8;
 typedef float F __attribute__((vector_size(32)));
-typedef float FU __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float FU __attribute__((vector_size(32), aligned(1), may_alias));
 typedef int32_t I __attribute__((vector_size(32), may_alias));
 template <int...>
 struct Sequence {};

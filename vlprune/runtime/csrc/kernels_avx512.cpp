@@ -9,7 +9,7 @@ namespace {
 
 constexpr int W = 16;
 typedef float F __attribute__((vector_size(64)));
-typedef float FU __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float FU __attribute__((vector_size(64), aligned(1), may_alias));
 typedef int32_t I __attribute__((vector_size(64), may_alias));
 template <int...>
 struct Sequence {};

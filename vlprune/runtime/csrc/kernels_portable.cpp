@@ -6,7 +6,7 @@ namespace {
 
 constexpr int W = 4;
 typedef float F __attribute__((vector_size(16)));
-typedef float FU __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float FU __attribute__((vector_size(16), aligned(1), may_alias));
 typedef int32_t I __attribute__((vector_size(16), may_alias));
 template <int...>
 struct Sequence {};

@@ -287,7 +287,7 @@ class Run {
   static void parallel(void* pool, void (*fn)(void*, size_t), size_t total, void* data) {
     Run& run = *static_cast<Run*>(pool);
     // 0 batches: every thread takes the next part when it is done with one.
-    OrtStatus* status = KernelContext_ParallelFor(run.api_, run.context_, fn, total, 0, data);
+    OrtStatus* status = KernelContext_ParallelFor(run.api_, run.context_, fn, total, total, data);
     if (!status) return;
     if (run.failure_) ReleaseStatus(run.api_, run.failure_);
     run.failure_ = status;
