@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from vlprune import __version__
-from vlprune.cli import compress, export, finetune, inspect, methods, models, prune, validate
+from vlprune.cli import bench, compress, export, finetune, inspect, methods, models, prune, validate
 from vlprune.errors import MachineError, VlpruneError
 
 
@@ -36,6 +36,7 @@ for _verb in (
     finetune.finetune,
     export.export,
     validate.validate,
+    bench.bench,
     inspect.inspect,
     models.models,
     methods.methods,

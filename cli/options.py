@@ -125,6 +125,27 @@ def parse_sizes(text: str | Sizes) -> Sizes:
     return Sizes(int(part) for part in parts)
 
 
+def parse_seconds(text: str) -> float:
+    """Parse `--seconds`.
+
+    Args:
+        text: a positive number.
+
+    Returns:
+        float: the number.
+
+    Raises:
+        RequestError: it is none.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise RequestError(f"--seconds {text!r} is not a positive number: give seconds, as in 5")
+    return seconds
+
+
 def parse_data(text: str) -> TaskSource:
     """Parse one `--data`.
 
@@ -471,6 +492,15 @@ BenchBatches = Annotated[
         parser=parse_sizes,
         metavar="N[,N...]",
         help="Batch sizes of the throughput table.",
+    ),
+]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        "--seconds",
+        parser=parse_seconds,
+        metavar="S",
+        help="Time each graph and batch size for about S seconds; 2 by default.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]

@@ -12,16 +12,21 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from vlprune import pipeline, stages
 from vlprune.cli.main import main
 from vlprune.errors import MachineError, RequestError
 from vlprune.exporters import pack as packing
+from vlprune.exporters import quantize_task
 from vlprune.inspect import inspect
 from vlprune.report.manifest import verify_manifest
 from vlprune.report.schema import validate_report
+from vlprune.report.summary import side_by_side, summarize
+from vlprune.report.terminal import print_report
 from vlprune.runtime import operators
+from vlprune.runtime.session import load_graphs
+from vlprune.stages import INT8
 
 
 TASKS = ("retrieval", "vqa")
@@ -99,18 +104,100 @@ def test_packed_graphs_score_and_are_timed_beside_the_plain_ones(finished: Path)
     for task in TASKS:
         assert scores[TUNED, task, True]["values"] == scores[TUNED, task, False]["values"]
         assert scores[TUNED, task, True]["weights"] == "fp32"
-    timed = {(row["task"], row["graph"], row["packed"]) for row in report["throughput"]}
+    timed = {(r["task"], r["graph"], r["packed"]) for r in report["throughput"] if r["variant"] == TUNED}
     assert timed == {(task, graph, packed) for task in TASKS for graph in GRAPHS[task] for packed in (False, True)}
 
     text = (finished / "report.md").read_text()
     assert "ONNX, packed |" in text and "cpu, fp32, packed fp32" in text and "fp32, packed fp32 |" in text
     assert "Packed graphs (CPU only) skip the zeros" in text
     with redirect_stdout(io.StringIO()) as out:
-        from vlprune.report.terminal import print_report
-
         print_report(report)
     assert "Size of packed graphs" in out.getvalue() and "packed fp32" in out.getvalue()
     assert "gains in speed" in out.getvalue() and "gains in size" in " ".join(out.getvalue().split())
+
+
+@needs_library
+def test_the_dense_graphs_in_int8_stand_beside_the_packed_ones(finished: Path) -> None:
+    report = read(finished)
+    scores = {r["task"]: r for r in report["metrics"] if r["precision"] == INT8}
+    timed = [row for row in report["throughput"] if row["precision"] == INT8]
+    assert {row["variant"] for row in (*scores.values(), *timed)} == {"dense-finetuned"}
+    assert not any(row["packed"] for row in (*scores.values(), *timed))
+    assert scores.keys() == set(TASKS)
+    assert {(row["task"], row["graph"]) for row in timed} == {(task, g) for task in TASKS for g in GRAPHS[task]}
+    assert len(report["throughput"]) == 3 * len(timed)
+    kept = {path.parent.relative_to(finished) for path in finished.rglob("*.onnx")}
+    assert all(path.parts[0] == "onnx" and path.name in (*TASKS, "packed") for path in kept)
+    assert not list(finished.rglob(".*"))
+
+    beside = side_by_side(report)
+    assert [(row["variant"], row["graph"]) for row in beside] == [
+        (TUNED, f"{task} / {graph}") for task in TASKS for graph in sorted(GRAPHS[task])
+    ]
+    first = next(row for row in timed if (row["task"], row["graph"]) == ("retrieval", "image_encoder"))
+    assert beside[0]["int8, times faster"].startswith(f"{first['ratio']:.3f} [")
+    accuracy = next(row.int8 for row in summarize(report) if row.metric == "accuracy")
+    assert accuracy == scores["vqa"]["values"]["accuracy"]
+    text = (finished / "report.md").read_text()
+    assert "| dense, int8 |" in text and "cpu, int8-dynamic |" in text and "### Packed beside dynamic int8" in text
+    with redirect_stdout(io.StringIO()) as out:
+        print_report(report)
+    assert all(words in out.getvalue() for words in ("dense, int8", "int8-dynamic", "Packed beside dynamic int8"))
+
+
+def test_quantising_leaves_shared_weights_alone(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).standard_normal((7, 4), np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("Gemm", ["x", "table", "bias"], ["y"], transB=1),
+    ]
+    ids = helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n"])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 7])
+    weights = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(table[:, 0].copy(), "bias")]
+    graph = helper.make_graph(nodes, "tied", [ids], [y], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "tied.onnx")
+    (tmp_path / "int8").mkdir()
+    quantize_task(tmp_path, tmp_path / "int8")
+    (graph,) = load_graphs(tmp_path / "int8").values()
+    chosen = np.array([0, 3, 6, 6])
+    np.testing.assert_allclose(graph({"ids": chosen})["y"], table[chosen] @ table.T + table[:, 0], atol=0.2)
+    assert "MatMulInteger" in inspect(tmp_path / "int8" / "tied.onnx")["operators"]
+    (tmp_path / "tied.onnx").write_bytes(b"nonsense")
+    with pytest.raises(RequestError, match="no readable ONNX file"):
+        quantize_task(tmp_path, tmp_path / "int8")
+
+
+@needs_library
+def test_bench_times_again_what_was_told_otherwise(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = records(run)
+    with small():
+        pipeline.bench(run, bench_batches=[1], threads=1, resume=True)
+        assert records(run) == before
+        command = ["bench", str(run), "--bench-batch", "2", "--tasks", "vqa", "--seconds", "0.03", "--threads", "1"]
+        with redirect_stdout(io.StringIO()) as out:
+            assert main([*command, "--json"]) == 0
+    report = read(run)
+    assert json.loads(out.getvalue()) == report
+    changed = {name for name, when in records(run).items() if before[name] != when}
+    forms = ("dense-finetuned/vqa/cpu/int8-dynamic", f"{TUNED}/vqa/cpu", f"{TUNED}/vqa/cpu/packed")
+    assert changed == {f"bench/{form}.json" for form in forms}
+    assert {row["batch"] for row in report["throughput"] if row["task"] == "vqa"} == {2}
+    assert report["metrics"] == read(finished)["metrics"]
+    assert not list(run.rglob(".*"))
+
+
+def test_bench_needs_graphs_but_no_data(
+    small_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    pipeline.prune(str(small_models["vqa"]), output=run, ratios=[0.5], method="omp", device="cpu")
+    assert main(["bench", str(run)]) == 2
+    assert "lacks the result of export/dense/vqa: run that stage first" in capsys.readouterr().err
+    with pytest.raises(RequestError, match="no time to measure"):
+        pipeline.bench(run, seconds=0)
 
 
 @needs_library
@@ -121,8 +208,6 @@ def test_the_packed_folder_is_complete_by_itself(finished: Path, task: str, tmp_
     shutil.copytree(plain / "packed", folder)
     names = {path.name for path in folder.iterdir()}
     assert names == {path.name for path in plain.iterdir()} - {"packed"} | {"packing.json"}
-    from vlprune.runtime.session import load_graphs
-
     assert load_graphs(folder, threads=1).keys() == GRAPHS[task]
     found = inspect(folder)
     assert found["kind"] == "exported task"
@@ -256,7 +341,8 @@ def test_a_missing_library_stops_export_and_validate_at_once(
     request.getfixturevalue("no_library")
     assert main(["export", str(run), "--pack", "sparse"]) == 3
     assert main(["validate", str(run)]) == 3
-    assert capsys.readouterr().err.count("were not built") == 2
+    assert main(["bench", str(run)]) == 3
+    assert capsys.readouterr().err.count("were not built") == 3
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert main(["export", str(run), "--unpack", "--json"]) == 0  # needs no operators
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from vlprune.runtime.session import check_provider
 if TYPE_CHECKING:
     from vlprune.stages import Stages
 
-__all__ = ["compress", "export", "finetune", "prune", "unpack", "validate"]
+__all__ = ["bench", "compress", "export", "finetune", "prune", "unpack", "validate"]
 
 CALIBRATION_IMAGES = 1024
 
@@ -118,6 +119,7 @@ def compress(
     if export:
         _export(stages)
         _validate(stages)
+        _bench(stages)
     return stages.report()
 
 
@@ -314,6 +316,45 @@ def validate(
     stages = _reopen(run, data, tasks, resume, changes)
     stages.batch = batch_size or stages.batch
     _validate(stages)
+    _bench(stages)
+    return stages.report()
+
+
+def bench(
+    run: Path | str,
+    *,
+    tasks: list[str] | None = None,
+    providers: list[str] | None = None,
+    bench_batches: list[int] | None = None,
+    seconds: float | None = None,
+    threads: int | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Time the exported graphs of a run in ONNX Runtime, as `validate` does, without scoring them; needs no data.
+
+    Args:
+        run: run directory with ONNX graphs.
+        tasks: see `compress`.
+        providers: see `compress`.
+        bench_batches: see `compress`.
+        seconds: to time each graph and batch size for, None = 2.
+        threads: see `compress`.
+        resume: see `compress`.
+
+    Returns:
+        dict[str, Any]: report.json.
+
+    Raises:
+        RequestError: the time is not positive, or the run has no graphs.
+    """
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise RequestError(f"{seconds} seconds are no time to measure for: give a positive number")
+    for provider in providers or ["cpu"]:
+        check_provider(provider)
+    changes: dict[str, Any] = {"providers": providers or ["cpu"], "bench_batches": bench_batches or [1, 8]}
+    stages = _reopen(run, None, tasks, resume, {**changes, "threads": threads}, needs_data=False)
+    stages.seconds = seconds
+    _bench(stages)
     return stages.report()
 
 
@@ -348,15 +389,16 @@ def _export(stages: Stages) -> None:
 
 
 def _validate(stages: Stages) -> None:
-    for provider in stages.recipe["providers"]:
-        for task in stages.tasks:
-            for variant in stages.shipped():
-                packs = stages.packs and variant.ratio is not None and provider == "cpu"
-                for packed in (False, True) if packs else (False,):
-                    if not stages.model.source.random_weights:
-                        stages.validate(variant, task, provider, packed)
-                    if variant.ratio is not None:
-                        stages.bench(variant, task, provider, packed)
+    if stages.model.source.random_weights:
+        return
+    for variant, task, provider, form in stages.served():
+        stages.validate(variant, task, provider, form)
+
+
+def _bench(stages: Stages) -> None:
+    for variant, task, provider, form in stages.served():
+        if (variant, form) != (stages.dense, "plain"):  # which the others are timed against
+            stages.bench(variant, task, provider, form)
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -492,6 +534,7 @@ def _reopen(
     tasks: list[str] | None,
     resume: bool,
     changes: dict[str, Any],
+    needs_data: bool = True,
 ) -> Stages:
     """Open a run for one of its later stages; what the verb was told becomes part of its recipe."""
     run = Run.open(Path(folder), resume)
@@ -504,7 +547,7 @@ def _reopen(
         _check_operators(recipe)
     recipe["data"] = recipe["data"] | (data or {})
     recipe["tasks"] = tasks or recipe["tasks"]
-    if not recipe["data"]:
+    if needs_data and not recipe["data"]:
         raise RequestError(
             f"{folder} was pruned without data: give --data TASK=PATH; "
             f"for retrieval and captioning {CAPTION_SOURCES}; for vqa {VQA_SOURCES}"
@@ -513,6 +556,6 @@ def _reopen(
     _check_choices(recipe["ratios"], recipe["method"], recipe["pattern"], chosen)
     _check_sources(recipe["model"], recipe["calibration"], recipe["data"])
     stages = _set_up(run)
-    stages.settle(prunes=False)
+    stages.settle(prunes=False, data=needs_data)
     run.write_recipe()
     return stages

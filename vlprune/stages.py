@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,7 +23,7 @@ from vlprune import exporters
 from vlprune.data import CaptionData, MissingSplitError, VqaData, check_images, open_calibration, open_data
 from vlprune.errors import RequestError
 from vlprune.exporters.pack import resolve_target
-from vlprune.files import atomic_path, read_json
+from vlprune.files import atomic_path, disk_errors, read_json
 from vlprune.models import load, loading
 from vlprune.models.blip import Blip
 from vlprune.models.family import apply_masks, fingerprint, masks_for
@@ -38,7 +40,9 @@ from vlprune.training.finetune import FinetuneOptions, finetune
 
 
 BATCH = 32  # samples at once in calibration and evaluation
-PACKED = "packed"  # folder of packed graphs, inside that of the plain ones
+PLAIN = "plain"  # forms of the exported graphs
+PACKED = "packed"  # and folder of such graphs, inside that of the plain ones
+INT8 = "int8-dynamic"  # the dense graphs, quantised by ONNX Runtime for as long as they are measured
 BENCH_SECONDS = 2.0  # per graph and batch size; slow graphs take their ten rounds, however long
 
 
@@ -73,6 +77,8 @@ class Stages:
         self.run = run
         self.recipe = run.recipe
         self.batch = BATCH
+        self.seconds: float | None = None  # of timing, None = BENCH_SECONDS
+        self._quantised: dict[str, tempfile.TemporaryDirectory[str]] = {}
         self._data: dict[tuple[str, str], CaptionData | VqaData] = {}
 
     # --- what stages share -----------------------------------------------------------------------------------------
@@ -102,12 +108,13 @@ class Stages:
         """Hash of the prunable weights as given."""
         return fingerprint(self.model.layers())
 
-    def settle(self, prunes: bool) -> None:
+    def settle(self, prunes: bool, data: bool = True) -> None:
         """Find what is wrong with the request before any work: the model, its tasks, their data.
 
         Args:
             prunes: the pattern must fit, and calibration data are needed, unless statistics are there; else the masks
                 must be there.
+            data: the tasks' data are needed.
         """
         if prunes:
             pattern = Pattern.parse(self.recipe["pattern"])
@@ -117,7 +124,7 @@ class Stages:
             for ratio in self.recipe["ratios"]:
                 self.pruned(ratio)
         for task in self.tasks:
-            if task in self.recipe["data"]:
+            if data and task in self.recipe["data"]:
                 self.data(task, "test")
                 if self.trains:
                     self.data(task, "train")
@@ -150,6 +157,21 @@ class Stages:
         """The variants that are exported: the fine-tuned ones, or all when nothing is fine-tuned; dense first."""
         variants = self.variants()
         return [v for v in variants if v.finetuned] or variants
+
+    def served(self) -> Iterator[tuple[Variant, str, str, str]]:
+        """List what ONNX Runtime is given to run.
+
+        Yields:
+            tuple[Variant, str, str, str]: variant, task, provider and form of the graphs: pruned variants may be
+                packed, and stand beside the dense one in int8 then.
+        """
+        for provider in self.recipe["providers"]:
+            packs = self.packs and provider == "cpu"
+            for task in self.tasks:
+                for variant in self.shipped():
+                    yield variant, task, provider, PLAIN
+                    if packs:
+                        yield variant, task, provider, INT8 if variant.ratio is None else PACKED
 
     def variant_id(self, ratio: float) -> str:
         """Name a pruned variant; patterns are spelled so that the name can be a folder."""
@@ -190,6 +212,9 @@ class Stages:
         Args:
             variant: which one.
             task: only what this task needs; None = all parts (not for fine-tuned variants, which exist per task).
+
+        Returns:
+            Blip: to be changed as one likes.
         """
         if variant.finetuned and task is not None:
             folder = self.run.folder / "checkpoints" / variant.id / task
@@ -379,7 +404,7 @@ class Stages:
         graphs: Any,
         spec: dict[str, Any],
         where: dict[str, str],
-        packed: bool = False,
+        form: str = PLAIN,
     ) -> dict[str, Any]:
         data = self.data(task, "test")
         scores = evaluate(task, graphs, spec, self.model.processor, data, self.batch, self.recipe["seed"])
@@ -389,8 +414,7 @@ class Stages:
             "dataset": data.name,
             "n": scores.n,
             **where,
-            "precision": "fp32",
-            **self._packing(packed),
+            **self._described(form),
             "values": scores.values,
             "ci95": {name: list(bounds) for name, bounds in scores.ci95.items()},
         }
@@ -433,7 +457,7 @@ class Stages:
 
     def pack(self, variant: Variant, task: str) -> None:
         """Write packed graphs beside the plain ones and compare each with PyTorch."""
-        folder = self._graphs(variant, task, packed=True)
+        folder = self._graphs(variant, task, PACKED)
         target = resolve_target(self.recipe["target"])
         key = {**self._key("pack", "values", "pack_threshold"), "target": target}
         reuse = self.run.resume and (folder / "task.json").is_file()
@@ -456,61 +480,76 @@ class Stages:
             ]
         }
 
-    def _packing(self, packed: bool) -> dict[str, Any]:
-        """Tell in a row how weights are stored."""
-        return {"packed": True, "weights": self.recipe["values"]} if packed else {"packed": False}
+    def _described(self, form: str) -> dict[str, Any]:
+        """Tell in a row how the graphs compute and store their weights."""
+        described = {"precision": INT8 if form == INT8 else "fp32", "packed": form == PACKED}
+        return {**described, "weights": self.recipe["values"]} if form == PACKED else described
 
-    def _graphs(self, variant: Variant, task: str, packed: bool = False) -> Path:
+    def _graphs(self, variant: Variant, task: str, form: str = PLAIN) -> Path:
+        """The folder of a task's graphs; those in int8 are made here, once per process."""
         folder = self.run.folder / "onnx" / variant.id / task
-        return folder / PACKED if packed else folder
+        if form != INT8:
+            return folder / PACKED if form == PACKED else folder
+        if task not in self._quantised:
+            with disk_errors(self.run.folder):  # named as what a killed run leaves, see `Run.write_recipe`
+                made = tempfile.TemporaryDirectory(prefix=f".{INT8}.", dir=self.run.folder)
+                exporters.quantize_task(folder, Path(made.name))
+            self._quantised[task] = made
+        return Path(self._quantised[task].name)
 
-    def validate(self, variant: Variant, task: str, provider: str, packed: bool = False) -> None:
-        """Compute the task's metrics in ONNX Runtime on the exported, or on the packed graphs."""
-        name = f"validate/{variant.id}/{task}/{provider}" + (f"/{PACKED}" if packed else "")
-        work = partial(self._validate, variant, task, provider, packed)
-        self.run.stage(name, self._test_key(task), work, (f"{self._written_by(packed)}/{variant.id}/{task}",))
+    def validate(self, variant: Variant, task: str, provider: str, form: str = PLAIN) -> None:
+        """Compute the task's metrics in ONNX Runtime on the exported graphs, or on another form of them."""
+        name = f"validate/{variant.id}/{task}/{provider}{self._suffix(form)}"
+        work = partial(self._validate, variant, task, provider, form)
+        self.run.stage(name, self._test_key(task), work, (self._written_by(variant, task, form),))
 
-    def _written_by(self, packed: bool) -> str:
-        return "pack" if packed else "export"
+    def _suffix(self, form: str) -> str:
+        return "" if form == PLAIN else f"/{form}"
 
-    def _validate(self, variant: Variant, task: str, provider: str, packed: bool) -> dict[str, Any]:
-        folder = self._graphs(variant, task, packed)
-        graphs = load_graphs(folder, provider, self.recipe["threads"])
+    def _written_by(self, variant: Variant, task: str, form: str) -> str:
+        return f"{'pack' if form == PACKED else 'export'}/{variant.id}/{task}"
+
+    def _validate(self, variant: Variant, task: str, provider: str, form: str) -> dict[str, Any]:
+        graphs = load_graphs(self._graphs(variant, task, form), provider, self.recipe["threads"])
+        spec = read_json(self._graphs(variant, task) / "task.json")
         where = {"runtime": "onnxruntime", "provider": provider}
-        return {"metrics": [self._metrics(variant, task, graphs, read_json(folder / "task.json"), where, packed)]}
+        return {"metrics": [self._metrics(variant, task, graphs, spec, where, form)]}
 
-    def bench(self, variant: Variant, task: str, provider: str, packed: bool = False) -> None:
-        """Time every graph of a pruned variant, plain or packed, against the dense one's."""
-        dense = self.dense
-        name = f"bench/{variant.id}/{task}/{provider}" + (f"/{PACKED}" if packed else "")
-        work = partial(self._bench, variant, dense, task, provider, packed)
-        needs = (f"export/{dense.id}/{task}", f"{self._written_by(packed)}/{variant.id}/{task}")
-        self.run.stage(name, self._key("bench_batches", "threads"), work, needs)
+    def bench(self, variant: Variant, task: str, provider: str, form: str = PLAIN) -> None:
+        """Time every graph of a variant, in one of its forms, against the plain dense one."""
+        name = f"bench/{variant.id}/{task}/{provider}{self._suffix(form)}"
+        work = partial(self._bench, variant, task, provider, form)
+        needs = (f"export/{self.dense.id}/{task}", self._written_by(variant, task, form))
+        key = self._key("bench_batches", "threads") | ({"seconds": self.seconds} if self.seconds else {})
+        self.run.stage(name, key, work, needs)
 
-    def _bench(self, variant: Variant, dense: Variant, task: str, provider: str, packed: bool) -> dict[str, Any]:
-        folders = [self._graphs(dense, task), self._graphs(variant, task, packed)]
-        graphs = sorted(path.stem for path in folders[1].glob("*.onnx"))
+    def _bench(self, variant: Variant, task: str, provider: str, form: str) -> dict[str, Any]:
+        dense, folder = self._graphs(self.dense, task), self._graphs(variant, task, form)
+        graphs = sorted(path.stem for path in folder.glob("*.onnx"))
         cases = [(graph, batch) for graph in graphs for batch in self.recipe["bench_batches"]]
         rows = []
-        for graph, batch in track(cases, f"Timing {variant.id} {task}" + (f", {PACKED}" if packed else "")):
+        for graph, batch in track(cases, f"Timing {variant.id} {task}" + ("" if form == PLAIN else f", {form}")):
             timed = compare(
-                folders[0] / f"{graph}.onnx",
-                folders[1] / f"{graph}.onnx",
-                spec=read_json(folders[1] / "task.json"),
+                dense / f"{graph}.onnx",
+                folder / f"{graph}.onnx",
+                spec=read_json(dense / "task.json"),
                 batch=batch,
                 provider=provider,
                 threads=self.recipe["threads"],
-                seconds=BENCH_SECONDS,
+                seconds=self.seconds or BENCH_SECONDS,
                 seed=self.recipe["seed"],
             )
             row = {"variant": variant.id, "task": task, "graph": graph, "provider": provider}
-            rows.append({**row, "precision": "fp32", **self._packing(packed), "batch": batch, **timed})
+            rows.append({**row, **self._described(form), "batch": batch, **timed})
         return {"throughput": rows}
 
     # --- report ----------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        """Write report.json, report.md and manifest.json."""
+        """Write report.json, report.md and manifest.json; remove what was made for measuring only."""
+        for folder in self._quantised.values():
+            folder.cleanup()
+        self._quantised.clear()
         model, source = self.model, self.model.source
         layers = model.layers()
         checkpoint = source.checkpoint + (f" (SHA-256 {source.sha256})" if source.sha256 else "")

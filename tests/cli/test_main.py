@@ -87,6 +87,23 @@ def test_stages_take_a_run(pipeline: Any, tmp_path: Path, verb: str) -> None:
     assert options["data"] == {}
 
 
+def test_bench_takes_a_run_and_no_data(pipeline: Any, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 0\n")
+    command = ["bench", str(tmp_path), "--json", "--bench-batch", "1,4", "--seconds", "0.5", "--threads", "2"]
+    assert main(command) == 0
+    ((name, arguments, options),) = pipeline.calls
+    assert (name, arguments) == ("bench", (tmp_path,))
+    assert options == {
+        "tasks": None,
+        "providers": ["cpu"],
+        "bench_batches": [1, 4],
+        "seconds": 0.5,
+        "threads": 2,
+        "resume": False,
+    }
+    assert main([*command, "--data", "vqa=a"]) == 2
+
+
 def test_export_takes_the_options_of_packing(pipeline: Any, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("seed: 0\n")
     packing = ["--pack", "sparse", "--values", "fp16", "--target", "avx2", "--pack-threshold", "0.7"]

@@ -83,6 +83,13 @@ def test_learning_rates_are_positive(text: str) -> None:
         options.parse_rate(text)
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "x"])
+def test_seconds_are_positive(text: str) -> None:
+    assert options.parse_seconds("0.5") == 0.5
+    with pytest.raises(RequestError, match="--seconds"):
+        options.parse_seconds(text)
+
+
 def test_output_leaves_nothing_behind(tmp_path: Path) -> None:
     assert options.check_output(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []

@@ -5,13 +5,17 @@ from typing import Any
 
 from vlprune.report.schema import Metrics, Report
 from vlprune.report.summary import (
+    INT8,
     PACKED,
     RANDOM,
     ZEROS,
+    has_int8,
     has_packed,
     is_unstructured,
     packing,
     points,
+    ratio,
+    side_by_side,
     summarize,
     title,
 )
@@ -51,6 +55,8 @@ def _head(report: Report) -> str:
         lines.append(ZEROS)
     if has_packed(report):
         lines.append(PACKED)
+    if has_int8(report):
+        lines.append(INT8)
     return "\n\n".join(lines)
 
 
@@ -69,6 +75,9 @@ def _scores(report: Report) -> str:
         if has_packed(report):
             columns.append("ONNX, packed")
             body = [[*cells, points(row.packed)] for cells, row in zip(body, rows, strict=True)]
+        if has_int8(report):
+            columns.append("dense, int8")
+            body = [[*cells, points(row.int8)] for cells, row in zip(body, rows, strict=True)]
         blocks.append(_table(columns, body, text_columns=3))
     for task, dataset in dict.fromkeys((row["task"], row["dataset"]) for row in report["metrics"]):
         blocks += _task(task, dataset, report)
@@ -151,7 +160,6 @@ def _throughput(report: Report) -> str:
         return ""
     body = []
     for row in report["throughput"]:
-        low, high = row["ratio_ci95"]
         body.append(
             [
                 row["variant"],
@@ -162,7 +170,7 @@ def _throughput(report: Report) -> str:
                 f"{row['compressed']['p50_ms']:.2f}",
                 f"{row['compressed']['p99_ms']:.2f}",
                 f"{row['compressed']['per_s']:,.1f}",
-                f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]",
+                ratio(row),
                 row["verdict"],
             ]
         )
@@ -171,7 +179,13 @@ def _throughput(report: Report) -> str:
         "Both sides exported the same way and timed in alternating blocks by the same provider at the same precision; "
         "ratio = dense time / compressed time, with its 95 % bootstrap interval."
     )
-    return f"## Throughput\n\n{intro}\n\n{_table(columns, body, text_columns=3)}"
+    if has_int8(report):
+        intro += " Rows at int8-dynamic hold the dense graph in int8 against itself in fp32."
+    text = f"## Throughput\n\n{intro}\n\n{_table(columns, body, text_columns=3)}"
+    if beside := side_by_side(report):
+        body = [[str(value) for value in row.values()] for row in beside]
+        text += f"\n\n### Packed beside dynamic int8\n\n{_table(list(beside[0]), body, text_columns=2)}"
+    return text
 
 
 def _stages(report: Report) -> str:

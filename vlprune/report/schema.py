@@ -84,7 +84,7 @@ class Metrics(TypedDict):
         n: number of test samples (images, or questions).
         runtime: what computed the outputs.
         provider: "cpu", "cuda", "tensorrt".
-        precision: "fp32", "fp16", "int8".
+        precision: "fp32", "fp16", "int8", "int8-dynamic" (quantised by ONNX Runtime for measuring only).
         packed: the weights were read from a packed file.
         values: metric -> score, higher is better; shares in 0 to 1, cider in 0 to 10 (papers print both times 100).
         ci95: metric -> [low, high], 95 % bootstrap interval over samples, in the unit of the value.
@@ -152,18 +152,18 @@ class Timing(TypedDict):
 
 
 class Throughput(TypedDict):
-    """One graph timed against the dense model's, same export, provider and precision.
+    """One graph timed against the dense model's, same export and provider.
 
     Attributes:
         variant: a variant's id.
         task: the task the graph serves.
         graph: its name.
         provider: "cpu", "cuda", "tensorrt".
-        precision: "fp32", "fp16", "int8".
+        precision: see `Metrics`.
         packed: the compressed side reads packed weights.
         batch: samples per run.
-        dense: the dense side.
-        compressed: the compressed side.
+        dense: the dense side, fp32 where the precision is "int8-dynamic".
+        compressed: the compressed side; the dense model itself where it is quantised.
         ratio: dense time / compressed time; above 1 the compressed graph is faster.
         ratio_ci95: its 95 % bootstrap interval.
         verdict: what the interval says; it contains 1 -> "no measurable difference".

@@ -23,6 +23,8 @@ TITLES = {
     "accuracy": "accuracy",
 } | {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}
 
+DENSE = ("dense-finetuned", "dense")  # the variant that exported graphs are held against: the first there is
+DYNAMIC = "int8-dynamic"  # precision of dense graphs that ONNX Runtime quantised
 ZEROS = (
     "Unstructured zeros do not make standard ONNX operators faster: they multiply zeros like any other number. "
     "What the zeros gain is size, once the weights are packed."
@@ -31,6 +33,10 @@ PACKED = (
     "Packed graphs (CPU only) skip the zeros. Their throughput ratio is what that gains in speed, fused attentions "
     "included (vlprune.SparseLinear, vlprune.Attention); their size, held against the dense file's, is what it gains "
     "in size."
+)
+INT8 = (
+    "The dense graphs in dynamic int8 (by ONNX Runtime, MatMul weights only) are measured beside packed ones; their "
+    "files are not kept."
 )
 RANDOM = "The weights are random: sizes and times mean something, accuracy does not, so none is shown."
 
@@ -49,6 +55,7 @@ class Row:
         finetuned: score after fine-tuning.
         onnx: score of the last of these, computed by ONNX Runtime at full precision.
         packed: the same on the packed graphs.
+        int8: score of the dense graphs that the packed ones are timed against, quantised to dynamic int8.
     """
 
     variant: str
@@ -60,6 +67,7 @@ class Row:
     finetuned: float | None
     onnx: float | None
     packed: float | None = None
+    int8: float | None = None
 
 
 def summarize(report: Report) -> list[Row]:
@@ -82,6 +90,7 @@ def summarize(report: Report) -> list[Row]:
                 onnx = _score(of_task, tuned, metric, "onnxruntime")
                 packed = _score(of_task, tuned, metric, "onnxruntime", packed=True)
                 one_shot_packed = _score(of_task, one_shot, metric, "onnxruntime", packed=True)
+                quantised = [_score(of_task, v, metric, "onnxruntime", precision=DYNAMIC) for v in DENSE]
                 rows.append(
                     Row(
                         variant=base,
@@ -93,6 +102,7 @@ def summarize(report: Report) -> list[Row]:
                         finetuned=_score(of_task, tuned, metric),
                         onnx=_score(of_task, one_shot, metric, "onnxruntime") if onnx is None else onnx,
                         packed=one_shot_packed if packed is None else packed,
+                        int8=next((score for score in quantised if score is not None), None),
                     )
                 )
     return rows
@@ -167,9 +177,11 @@ def packing(row: Mapping[str, Any]) -> str:
         row: of metrics, graphs or throughput.
 
     Returns:
-        str: "plain", or "packed" and how the values are stored.
+        str: "plain", the precision where that is another than fp32, or "packed" and how the values are stored.
     """
-    return f"packed {row.get('weights', '')}".rstrip() if row["packed"] else "plain"
+    if row["packed"]:
+        return f"packed {row.get('weights', '')}".rstrip()
+    return "plain" if row["precision"] == "fp32" else str(row["precision"])
 
 
 def has_packed(report: Report) -> bool:
@@ -184,12 +196,76 @@ def has_packed(report: Report) -> bool:
     return any(row["packed"] for row in report["graphs"])
 
 
+def has_int8(report: Report) -> bool:
+    """Tell whether dense graphs were measured in dynamic int8.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        bool: they were.
+    """
+    return any(row["precision"] == DYNAMIC for row in (*report["metrics"], *report["throughput"]))
+
+
+def side_by_side(report: Report) -> list[dict[str, Any]]:
+    """Hold packed graphs and the dense ones in dynamic int8 against each other, by their gains over dense fp32.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        list[dict[str, Any]]: one row per packed graph and batch size that int8 was timed for, ready to print: what it
+            is, the milliseconds of the three, and how many times faster than dense fp32 the two are.
+    """
+    timed = {
+        tuple(row[key] for key in ("task", "graph", "provider", "batch")): row  # type: ignore[literal-required]
+        for row in report["throughput"]
+        if row["precision"] == DYNAMIC
+    }
+    found = []
+    for row in report["throughput"]:
+        int8 = timed.get((row["task"], row["graph"], row["provider"], row["batch"]))
+        if row["packed"] and int8:
+            found.append(
+                {
+                    "variant": row["variant"],
+                    "graph": f"{row['task']} / {row['graph']}",
+                    "batch": row["batch"],
+                    "dense fp32 ms": f"{row['dense']['p50_ms']:.2f}",
+                    "int8 ms": f"{int8['compressed']['p50_ms']:.2f}",
+                    "packed ms": f"{row['compressed']['p50_ms']:.2f}",
+                    "int8, times faster": ratio(int8),
+                    "packed, times faster": ratio(row),
+                }
+            )
+    return found
+
+
+def ratio(row: Mapping[str, Any]) -> str:
+    """Print the ratio of a timing with its interval.
+
+    Args:
+        row: of throughput.
+
+    Returns:
+        str: dense time / compressed time.
+    """
+    low, high = row["ratio_ci95"]
+    return f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def _score(
-    rows: list[Metrics], variant: str, metric: str, runtime: str = "pytorch", packed: bool = False
+    rows: list[Metrics],
+    variant: str,
+    metric: str,
+    runtime: str = "pytorch",
+    packed: bool = False,
+    precision: str = "fp32",
 ) -> float | None:
-    """First full-precision score of a variant, packed or not, else None."""
+    """First score of a variant at a precision, packed or not, else None."""
     for row in rows:
-        plain = row["precision"] == "fp32" and row["packed"] == packed
-        if plain and row["variant"] == variant and row["runtime"] == runtime and metric in row["values"]:
+        wanted = row["precision"] == precision and row["packed"] == packed
+        if wanted and row["variant"] == variant and row["runtime"] == runtime and metric in row["values"]:
             return row["values"][metric]
     return None

@@ -10,13 +10,17 @@ from rich.text import Text
 
 from vlprune.report.schema import Report
 from vlprune.report.summary import (
+    INT8,
     PACKED,
     RANDOM,
     ZEROS,
+    has_int8,
     has_packed,
     is_unstructured,
     packing,
     points,
+    ratio,
+    side_by_side,
     summarize,
     title,
 )
@@ -98,17 +102,21 @@ def print_report(report: Report, screen: Console | None = None) -> None:
             "batch": row["batch"],
             "dense ms": f"{row['dense']['p50_ms']:.2f}",
             "ms": f"{row['compressed']['p50_ms']:.2f}",
-            "dense / compressed": f"{row['ratio']:.3f} [{row['ratio_ci95'][0]:.3f}, {row['ratio_ci95'][1]:.3f}]",
+            "dense / compressed": ratio(row),
             "verdict": row["verdict"],
         }
         for row in report["throughput"]
     ]
     if timings:
         screen.print(table("Throughput", timings))
+    if beside := side_by_side(report):
+        screen.print(table("Packed beside dynamic int8", beside))
     if report["graphs"] and is_unstructured(report):
         screen.print(ZEROS)
     if packed:
         screen.print(PACKED)
+    if has_int8(report):
+        screen.print(INT8)
 
 
 def _scores(report: Report) -> Table:
@@ -117,7 +125,8 @@ def _scores(report: Report) -> Table:
     for column in ("variant", "task", "metric"):
         grid.add_column(column)
     packed = ("ONNX, packed",) if has_packed(report) else ()
-    for column in ("dense", "dense, fine-tuned", "pruned", "pruned, fine-tuned", "ONNX", *packed):
+    int8 = ("dense, int8",) if has_int8(report) else ()
+    for column in ("dense", "dense, fine-tuned", "pruned", "pruned, fine-tuned", "ONNX", *packed, *int8):
         grid.add_column(column, justify="right")
     for row in summarize(report):
         scores = (
@@ -127,6 +136,7 @@ def _scores(report: Report) -> Table:
             row.finetuned,
             row.onnx,
             *([row.packed] if packed else []),
+            *([row.int8] if int8 else []),
         )
         grid.add_row(row.variant, row.task, title(row.metric), *map(points, scores))
     return grid
