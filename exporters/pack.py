@@ -2,7 +2,8 @@
 
 `pack` replaces each Linear that is sparse enough by one vlprune.SparseLinear, which takes the bias, the activation and
 the residual with it, and each attention by one vlprune.Attention; everything else stays as it is. Linears that give
-the query, key and value of one attention become one node. `unpack` writes standard operators again, with the weights
+the query, key and value of one attention become one node, and so do two of which only the second reads the first
+(vlprune.SparseMlp). `unpack` writes standard operators again, with the weights
 under their names: exactly those packed as fp32, the rounded ones of fp16.
 
 Only onnx and numpy are imported here.
@@ -40,7 +41,8 @@ LIMIT = 2**31 - 2**20  # bytes of weights from which a file's weights go beside 
 OPSETS = range(13, 24)  # what Softmax, Split and Squeeze are written for
 _NOTES = ("packed", "values", "target", "layers")  # keys of a packed file's metadata, after "vlprune."
 _INPUTS = ("x", "values", "indices", "rows", "counts", "bias", "residual")
-_ATTRIBUTES = ("in_features", "out_features", "block_columns", "panel_rows", "group_rows")
+_SIZES = ("block_columns", "panel_rows", "group_rows")
+_ATTRIBUTES = ("in_features", "out_features", *_SIZES)
 
 
 def pack(
@@ -77,6 +79,7 @@ def pack(
     packer = _Packer(model, values, limit)
     packer.fuse_attentions()
     packer.fuse_linears()
+    packer.fuse_mlps()
     notes = {"packed": "sparse", "values": values, "target": target, "layers": json.dumps(packer.layers)}
     return packer.model(notes), packer.rows
 
@@ -218,6 +221,31 @@ class _Packer:
                     continue
             self._replace(self._choose([linear]))
         self.graph.drop_unused()
+
+    def fuse_mlps(self) -> None:
+        """Join each two packed Linears of which only the second reads the first."""
+        for first in list(self.graph):
+            hidden = first.output[0]
+            second = self.graph.only_reader(hidden) if first.op_type == "SparseLinear" else None
+            if second is None or second.op_type != "SparseLinear" or hidden in self.graph.results:
+                continue
+            given, after = attributes(first), attributes(second)
+            inputs = [[*node.input, "", ""][:7] for node in (first, second)]
+            if inputs[0][6] or list(second.input).count(hidden) != 1 or second.input[0] != hidden:
+                continue
+            if after["activation"] != b"none":
+                continue
+            name = self._names.node(f"{first.name.removesuffix('/SparseLinear')}/SparseMlp")
+            joint = [*inputs[0][:6], *inputs[1][1:]]
+            while not joint[-1]:
+                joint.pop()
+            sizes = {size: given[size] for size in ("in_features", *_SIZES)}
+            sizes |= {"hidden_features": given["out_features"], "out_features": after["out_features"]}
+            sizes |= {f"hidden_{size}": after[size] for size in _SIZES}
+            more = {"domain": DOMAIN, "activation": given["activation"], **sizes}
+            node = helper.make_node("SparseMlp", joint, [second.output[0]], name, **more)
+            self.graph.replace([first, second], node)
+            self.layers[name] = {"linears": [first.name, second.name], "hidden": hidden}
 
     def _together(self, linears: Mapping[str, Linear]) -> dict[str, tuple[int, list[Linear]]]:
         """Find the Linears that give query, key and value of one attention from the same input."""
@@ -402,6 +430,7 @@ def unpack(model: ModelProto) -> ModelProto:
         raise RequestError("the graph is not packed: there is nothing to unpack")
     if _opset(model) not in OPSETS:
         raise RequestError(f"opset {_opset(model)} cannot be unpacked: {OPSETS.start} to {OPSETS.stop - 1} can")
+    model = _without_mlps(model)
     unpacker = _Unpacker(model)
     nodes: list[NodeProto] = []
     for node in model.graph.node:
@@ -413,6 +442,45 @@ def unpack(model: ModelProto) -> ModelProto:
     values = {entry.key: entry.value for entry in model.metadata_props}.get("vlprune.values", "fp32")
     _set_notes(plain, {"rounded": values} if values != "fp32" else {})
     return plain
+
+
+def _without_mlps(packed: ModelProto) -> ModelProto:
+    """Write every SparseMlp as the two SparseLinears it was made of."""
+    if not any(node.domain == DOMAIN and node.op_type == "SparseMlp" for node in packed.graph.node):
+        return packed
+    layers, names = _layers(packed), _Names(packed)
+    model = ModelProto()
+    model.CopyFrom(packed)
+    del model.graph.node[:]
+    for node in packed.graph.node:
+        if node.domain != DOMAIN or node.op_type != "SparseMlp":
+            model.graph.node.append(node)
+            continue
+        given, inputs = attributes(node), [*node.input, *[""] * 12][:12]
+        wanted = ("in_features", "hidden_features", "out_features", *_SIZES, *(f"hidden_{size}" for size in _SIZES))
+        if any(not isinstance(given.get(name), int) for name in wanted):
+            raise RequestError(f"the node {node.name} lacks an attribute of {', '.join(wanted)}")
+        layer = layers.get(node.name, {})
+        linears = layer.get("linears") or [f"{node.name}/{part}" for part in ("first", "second")]
+        hidden = names.value(layer.get("hidden") or f"{node.name}/hidden")
+        sizes = {size: given[size] for size in _SIZES}
+        first = {"in_features": given["in_features"], "out_features": given["hidden_features"], **sizes}
+        sizes = {size: given[f"hidden_{size}"] for size in _SIZES}
+        second = {"in_features": given["hidden_features"], "out_features": given["out_features"], **sizes}
+        activation = given.get("activation", b"none")
+        model.graph.node.append(_linear_node(inputs[:6], hidden, linears[0], activation, first))
+        second_inputs = [hidden, *inputs[6:]]
+        model.graph.node.append(_linear_node(second_inputs, node.output[0], linears[1], b"none", second))
+    return model
+
+
+def _linear_node(
+    inputs: Sequence[str], output: str, name: str, activation: Any, sizes: Mapping[str, int]
+) -> NodeProto:
+    inputs = list(inputs)
+    while not inputs[-1]:
+        inputs.pop()
+    return helper.make_node("SparseLinear", inputs, [output], name, domain=DOMAIN, activation=activation, **sizes)
 
 
 class _Unpacker:
@@ -635,6 +703,9 @@ def _layers(model: ModelProto) -> dict[str, dict[str, Any]]:
                     raise ValueError("a weight without name or rows")
                 if part["rows"] < 1 or not isinstance(part.get("bias"), str | None):
                     raise ValueError("a weight without rows, or with a bias that is no name")
+            linears = layer.get("linears", ["", ""])
+            if len(linears) != 2 or not all(isinstance(name, str) for name in [*linears, layer.get("hidden", "")]):
+                raise ValueError("two layers in one without two names")
             if type(layer.get("width", 1)) is not int or layer.get("width", 1) < 1:
                 raise ValueError("heads without width")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

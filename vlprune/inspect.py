@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -307,11 +308,18 @@ def _packed_weights(graphs: Iterable[Any]) -> dict[str, tuple[str, list[int]]]:
 
     found: dict[str, tuple[str, list[int]]] = {}
     for node in (node for graph in graphs for node in graph.node):
-        if node.domain == DOMAIN and node.op_type == "SparseLinear" and len(node.input) > 4:
-            sizes = {attribute.name: attribute.i for attribute in node.attribute}
-            shape = [max(sizes.get(name, 0), 0) for name in ("out_features", "in_features")]
-            found |= {name: ("", []) for name in node.input[2:5]}
-            found[node.input[1]] = (node.input[1].removesuffix("/values"), shape)
+        if node.domain != DOMAIN or node.op_type not in ("SparseLinear", "SparseMlp"):
+            continue
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        widths = ["in_features", "out_features"]
+        if node.op_type == "SparseMlp":
+            widths.insert(1, "hidden_features")
+        for layer, (inputs, outputs) in enumerate(pairwise(widths)):
+            names = list(node.input[1 + 5 * layer : 5 + 5 * layer])  # values, indices, rows, counts; then the bias
+            if len(names) == 4:
+                found |= {name: ("", []) for name in names[1:]}
+                shape = [max(sizes.get(name, 0), 0) for name in (outputs, inputs)]
+                found[names[0]] = (names[0].removesuffix("/values"), shape)
     return found
 
 

@@ -12,12 +12,19 @@ struct KernelSet {
   int vectors_grouped;  // the same for 4-row groups, whose sums take four times the registers
   int row_tokens;       // up to so many tokens go one by one through `rows` instead of through tiles
 
-  // x [tokens, K], columns k0 to k1 -> tile [K, vectors * W]: tokens side by side, the missing ones zero.
+  // x [tokens, K], columns k0 to k1 -> tile [k1 - k0, vectors * W]: tokens side by side, the missing ones zero.
   void (*transpose)(const float* x, int64_t K, int tokens, int vectors, int64_t k0, int64_t k1, float* tile);
 
-  // The outputs of one panel for the tokens of one tile. `sums` is working memory: [panel, vectors * W] floats.
-  void (*panel)(const SparseWeights& weights, int64_t panel, const float* tile, int tokens, int vectors,
-                const float* residual, float* y, float* sums);
+  // Adds column blocks b0 to b1 of one panel to `sums` [panel, vectors * W], which block 0 starts at the bias. `tile`
+  // begins at block b0. y, if not null, is where `finish` will write next: it is fetched meanwhile, as is the residual.
+  void (*accumulate)(const SparseWeights& weights, int64_t panel, const float* tile, int vectors, int64_t b0, int64_t b1,
+                     float* sums, int tokens, const float* residual, const float* y);
+
+  // The sums of one panel: activated in place, they are a part of a second layer's tile ...
+  void (*activate)(const SparseWeights& weights, int64_t panel, int vectors, float* sums);
+  // ... or activated, transposed, the residual added, for y.
+  void (*finish)(const SparseWeights& weights, int64_t panel, const float* sums, int tokens, int vectors,
+                 const float* residual, float* y);
 
   // The outputs of one panel for one token. `sums`: [panel] floats.
   void (*row)(const SparseWeights& weights, int64_t panel, const float* x, const float* residual, float* y,

@@ -6,7 +6,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <thread>
+#include <utility>
 
 #include "kernel_set.h"
 
@@ -123,6 +125,7 @@ struct Tiles {
 // transposes and computes tiles of its own, if they can be shared out evenly, or nearly (kUneven).
 constexpr int64_t kSmall = 192 * 1024;
 constexpr double kUneven = 1.15;
+constexpr int64_t kPiece = 768;        // columns
 constexpr int64_t kTransposed = 256;  // columns per part of the first step
 
 // The threads a pool may have. ONNX Runtime does not tell, but by default it has one per core.
@@ -131,70 +134,142 @@ int64_t threads() {
   return count;
 }
 
+int64_t blocks_of(const SparseWeights& w) { return (w.K + w.block - 1) / w.block; }
+int64_t panels_of(const SparseWeights& w) { return (w.N + w.panel - 1) / w.panel; }
+
+// Both layers, or with `first` null only one, whose input is then x.
+void layers(const SparseWeights* first, const SparseWeights& w, const float* x, int64_t tokens, const float* residual,
+            float* y, ParallelFor parallel, void* pool) {
+  if (tokens == 0) return;
+  const KernelSet& set = *choice().set;
+  const int64_t K = first ? first->K : w.K;
+  const int64_t panels = panels_of(w), first_panels = first ? panels_of(*first) : 0;
+  const int64_t between = first ? w.K : 0;
+  const int64_t sums = std::max<int64_t>(w.panel, first ? first->panel : 0);
+  auto moved = [&](const float* base, int64_t token) { return base ? base + token * w.N : nullptr; };
+
+  if (tokens <= set.row_tokens) {
+    float* hidden = nullptr;
+    if (first) {
+      hidden = shared_memory.floats(tokens * between);
+      if (!hidden) throw std::bad_alloc();
+      run(parallel, pool, first_panels, [&](size_t panel) {
+        float* memory = own_memory.floats(sums);
+        if (!memory) return false;
+        for (int64_t t = 0; t < tokens; ++t)
+          set.row(*first, panel, x + t * K, nullptr, hidden + t * between, memory);
+        return true;
+      });
+    }
+    const float* input = first ? hidden : x;
+    run(parallel, pool, panels, [&](size_t panel) {
+      float* memory = own_memory.floats(sums);
+      if (!memory) return false;
+      for (int64_t t = 0; t < tokens; ++t)
+        set.row(w, panel, input + t * w.K, moved(residual, t), y + t * w.N, memory);
+      return true;
+    });
+    return;
+  }
+
+  const bool grouped = w.group != 1 || (first && first->group != 1);
+  const int most = grouped ? set.vectors_grouped : set.vectors;
+  const Tiles shared_out(tokens, set.width, most, threads());
+  const bool small = shared_out.vectors * set.width * std::max(K, w.K) <= kSmall;
+  const bool own = !small && shared_out.busiest(threads()) * threads() <= kUneven * shared_out.vectors;
+  const Tiles tiles = own ? shared_out : Tiles(tokens, set.width, most, 1);
+  const int64_t largest = (tiles.vectors + tiles.count - 1) / tiles.count * set.width;  // tokens of a tile
+  auto transpose = [&](int64_t tile, int64_t k0, int64_t k1, float* to) {
+    set.transpose(x + tiles.first_token(tile) * K, K, tiles.tokens_of(tile), tiles.vectors_of(tile), k0, k1, to);
+  };
+  auto hidden_panel = [&](int64_t tile, int64_t panel, const float* from, float* to) {
+    const int vectors = tiles.vectors_of(tile);
+    set.accumulate(*first, panel, from, vectors, 0, blocks_of(*first), to, 0, nullptr, nullptr);
+    set.activate(*first, panel, vectors, to);
+  };
+
+  if (own) {
+    // A piece of the second layer's columns at a time: tile, piece and sums stay in the cache together.
+    const int64_t step = first ? std::lcm<int64_t>(w.block, first->panel) : w.block;
+    const int64_t piece = std::min(std::max<int64_t>(kPiece / step, 1) * step, w.K);
+    const int64_t input = first ? K : 0;  // without a first layer the piece is all that is transposed at a time
+    run(parallel, pool, tiles.count, [&](size_t tile) {
+      float* from = own_memory.floats((input + piece + w.N) * largest);
+      if (!from) return false;
+      const int vectors = tiles.vectors_of(tile), count = tiles.tokens_of(tile);
+      const int64_t token = tiles.first_token(tile), side = vectors * set.width;
+      float *columns = from + input * largest, *sums = columns + piece * largest;
+      if (first) transpose(tile, 0, K, from);
+      for (int64_t k0 = 0; k0 < w.K; k0 += piece) {
+        const int64_t k1 = std::min(k0 + piece, w.K);
+        const bool last = k1 == w.K;
+        if (first)
+          for (int64_t k = k0; k < k1; k += first->panel)
+            hidden_panel(tile, k / first->panel, from, columns + (k - k0) * side);
+        else
+          transpose(tile, k0, k1, columns);
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          float* own_sums = sums + panel * w.panel * side;
+          set.accumulate(w, panel, columns, vectors, k0 / w.block, (k1 + w.block - 1) / w.block, own_sums, count,
+                         moved(residual, token), last ? y + token * w.N : nullptr);
+          if (last) set.finish(w, panel, own_sums, count, vectors, moved(residual, token), y + token * w.N);
+        }
+      }
+      return true;
+    });
+    return;
+  }
+
+  const int64_t side = tiles.vectors * set.width;
+  float* transposed = shared_memory.floats(side * (K + between));
+  if (!transposed) throw std::bad_alloc();
+  float* hidden = transposed + side * K;
+  const int64_t pieces = (K + kTransposed - 1) / kTransposed;
+  run(parallel, pool, tiles.count * pieces, [&](size_t part) {
+    const int64_t tile = part / pieces, k0 = part % pieces * kTransposed;
+    transpose(tile, k0, std::min(k0 + kTransposed, K),
+              transposed + tiles.first_token(tile) * K + k0 * tiles.vectors_of(tile) * set.width);
+    return true;
+  });
+  // Part -> (tile, panel): tile by tile where a tile fills the cache, else panel by panel.
+  auto split = [&](size_t part, int64_t count) {
+    return small ? std::pair<int64_t, int64_t>(part % tiles.count, part / tiles.count)
+                 : std::pair<int64_t, int64_t>(part / count, part % count);
+  };
+  if (first)
+    run(parallel, pool, tiles.count * first_panels, [&](size_t part) {
+      const auto [tile, panel] = split(part, first_panels);
+      hidden_panel(tile, panel, transposed + tiles.first_token(tile) * K,
+                   hidden + tiles.first_token(tile) * between + panel * first->panel * tiles.vectors_of(tile) * set.width);
+      return true;
+    });
+  const float* input = first ? hidden : transposed;
+  run(parallel, pool, tiles.count * panels, [&](size_t part) {
+    float* memory = own_memory.floats(w.panel * largest);
+    if (!memory) return false;
+    const auto [tile, panel] = split(part, panels);
+    const int64_t token = tiles.first_token(tile);
+    const int vectors = tiles.vectors_of(tile), count = tiles.tokens_of(tile);
+    set.accumulate(w, panel, input + token * w.K, vectors, 0, blocks_of(w), memory, count, moved(residual, token),
+                   y + token * w.N);
+    set.finish(w, panel, memory, count, vectors, moved(residual, token), y + token * w.N);
+    return true;
+  });
+}
+
 }  // namespace
 
 const char* isa() { return choice().set->name; }
 const char* choose_isa() { return choice().refusal; }
 
-void sparse_linear(const SparseWeights& w, const float* x, int64_t tokens, const float* residual, float* y,
+void sparse_linear(const SparseWeights& weights, const float* x, int64_t tokens, const float* residual, float* y,
                    ParallelFor parallel, void* pool) {
-  if (tokens == 0) return;
-  const KernelSet& set = *choice().set;
-  const int64_t panels = (w.N + w.panel - 1) / w.panel;
-  auto moved = [&](const float* base, int64_t token) { return base ? base + token * w.N : nullptr; };
+  layers(nullptr, weights, x, tokens, residual, y, parallel, pool);
+}
 
-  if (tokens <= set.row_tokens) {
-    run(parallel, pool, panels, [&](size_t panel) {
-      float* sums = own_memory.floats(w.panel);
-      if (!sums) return false;
-      for (int64_t t = 0; t < tokens; ++t)
-        set.row(w, panel, x + t * w.K, moved(residual, t), y + t * w.N, sums);
-      return true;
-    });
-    return;
-  }
-
-  const int most = w.group == 1 ? set.vectors : set.vectors_grouped;
-  const Tiles shared_out(tokens, set.width, most, threads());
-  const bool small = shared_out.vectors * set.width * w.K <= kSmall;
-  const bool own = !small && shared_out.busiest(threads()) * threads() <= kUneven * shared_out.vectors;
-  const Tiles tiles = own ? shared_out : Tiles(tokens, set.width, most, 1);
-  const int64_t largest = (tiles.vectors + tiles.count - 1) / tiles.count * set.width;  // tokens of a tile
-  auto compute = [&](int64_t tile, int64_t panel, const float* transposed, float* sums) {
-    const int64_t token = tiles.first_token(tile);
-    set.panel(w, panel, transposed, tiles.tokens_of(tile), tiles.vectors_of(tile), moved(residual, token),
-              y + token * w.N, sums);
-  };
-
-  if (own) {
-    run(parallel, pool, tiles.count, [&](size_t tile) {
-      float* memory = own_memory.floats((w.K + w.panel) * largest);
-      if (!memory) return false;
-      set.transpose(x + tiles.first_token(tile) * w.K, w.K, tiles.tokens_of(tile), tiles.vectors_of(tile), 0, w.K,
-                    memory);
-      for (int64_t panel = 0; panel < panels; ++panel) compute(tile, panel, memory, memory + w.K * largest);
-      return true;
-    });
-    return;
-  }
-
-  float* transposed = shared_memory.floats(tiles.vectors * set.width * w.K);
-  if (!transposed) throw std::bad_alloc();
-  const int64_t pieces = (w.K + kTransposed - 1) / kTransposed;
-  auto place = [&](int64_t tile) { return transposed + tiles.first_token(tile) * w.K; };
-  run(parallel, pool, tiles.count * pieces, [&](size_t part) {
-    const int64_t tile = part / pieces, k0 = part % pieces * kTransposed;
-    set.transpose(x + tiles.first_token(tile) * w.K, w.K, tiles.tokens_of(tile), tiles.vectors_of(tile), k0,
-                  std::min(k0 + kTransposed, w.K), place(tile));
-    return true;
-  });
-  run(parallel, pool, tiles.count * panels, [&](size_t part) {
-    float* sums = own_memory.floats(w.panel * largest);
-    if (!sums) return false;
-    const int64_t tile = small ? part % tiles.count : part / panels;
-    compute(tile, small ? part / tiles.count : part % panels, place(tile), sums);
-    return true;
-  });
+void sparse_mlp(const SparseWeights& first, const SparseWeights& second, const float* x, int64_t tokens,
+                const float* residual, float* y, ParallelFor parallel, void* pool) {
+  layers(&first, second, x, tokens, residual, y, parallel, pool);
 }
 
 void attention(const AttentionShape& s, const float* q, const float* k, const float* v, const float* bias, float* out,

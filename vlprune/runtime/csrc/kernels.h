@@ -33,6 +33,11 @@ using ParallelFor = void (*)(void* pool, void (*fn)(void*, size_t), size_t total
 void sparse_linear(const SparseWeights& weights, const float* x, int64_t tokens, const float* residual, float* y,
                    ParallelFor parallel, void* pool);
 
+// y [T, N] = second(first(x)) + residual, where first.N = second.K and only `first` has an activation: what lies between
+// stays transposed, and with its thread where there are tokens enough.
+void sparse_mlp(const SparseWeights& first, const SparseWeights& second, const float* x, int64_t tokens,
+                const float* residual, float* y, ParallelFor parallel, void* pool);
+
 // Strides are in floats. Heads lie side by side in a row of q (distance d); k and v say where theirs lie.
 struct AttentionShape {
   int64_t batch, heads, tq, tk, d;

@@ -21,7 +21,8 @@ inline void store(float* p, F v) { *reinterpret_cast<FU*>(p) = v; }
 inline F all(float v) { return F{} + v; }
 
 // Floats of a row that are fetched ahead where rows lie too far apart for the processor to do it.
-constexpr int64_t kAhead = 64;
+constexpr int64_t kAhead = 192;
+constexpr int64_t kAheadBytes = 4096;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -148,7 +149,7 @@ void transpose(const float* x, int64_t K, int tokens, int vectors, int64_t k0, i
         for (int i = 0; i < W; ++i) block[i] = i < rows ? load_part(from + i * K, width) : F{};
       }
       transpose_block(block);
-      float* to = tile + k * side + v * W;
+      float* to = tile + (k - k0) * side + v * W;
       for (int64_t i = 0; i < width; ++i) store(to + i * side, block[i]);
     }
   }
@@ -160,6 +161,15 @@ template <int NV>
 inline void add_product(F (&sum)[NV], F weight, const float* x) {
 #pragma GCC unroll 16
   for (int i = 0; i < NV; ++i) sum[i] += weight * load(x + i * W);
+}
+
+// Weights are read once from front to end, but the processor's own prefetching stops at every page, and a weight that is
+// not there stops everything. So as much is fetched as the row takes, one page ahead.
+template <class T>
+inline void fetch_weights(const T* values, const uint8_t* indices, int count, int group) {
+  for (int i = 0; i < count * group; i += 64 / static_cast<int>(sizeof(T)))
+    __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kAheadBytes);
+  for (int i = 0; i < count; i += 64) __builtin_prefetch(indices + i + kAheadBytes / 4);
 }
 
 // One column block of a panel, each row by itself: sums [rows, NV * W] += weights x tile. In the first block the sums
@@ -182,6 +192,7 @@ void rows_of_block(const float* tile, float* sums, const T* values, const uint8_
 #pragma GCC unroll 16
       for (int i = 0; i < NV; ++i) sum[a][i] = F{};
     const int count = at(counts + r);
+    fetch_weights(values, indices, count, 1);
     for (const T* end = values + (count & ~3); values != end; values += 4, indices += 4) {
       uint32_t four;
       __builtin_memcpy(&four, indices, 4);
@@ -217,7 +228,9 @@ void groups_of_block(const float* tile, float* sums, const T* values, const uint
 #pragma GCC unroll 16
       for (int i = 0; i < NV; ++i)
         sum[g][i] = first ? all(bias ? at(bias + row + g) : 0.f) : load(out + g * side + i * W);
-    for (const uint8_t* end = indices + at(counts + r); indices != end; ++indices, values += 4) {
+    const int count = at(counts + r);
+    fetch_weights(values, indices, count, 4);
+    for (const uint8_t* end = indices + count; indices != end; ++indices, values += 4) {
       const float* x = tile + *indices * side;
       const Quad w = quad(values);
       add_product<NV>(sum[0], lane<0>(w), x);
@@ -233,9 +246,10 @@ void groups_of_block(const float* tile, float* sums, const T* values, const uint
 }
 
 // Sums of a panel [n, vectors * W], features by tokens -> y, tokens by features, activated, residual added.
-void finish(const SparseWeights& w, int64_t n0, int64_t n, const float* sums, int tokens, int vectors,
-            const float* residual, float* y) {
+void finish(const SparseWeights& w, int64_t panel, const float* sums, int tokens, int vectors, const float* residual,
+            float* y) {
   const int side = vectors * W;
+  const int64_t n0 = panel * w.panel, n = least(w.panel, w.N - n0);
   for (int64_t row = 0; row < n; row += W) {
     const int64_t width = least(W, n - row);
     for (int v = 0; v < vectors; ++v) {
@@ -265,22 +279,28 @@ void finish(const SparseWeights& w, int64_t n0, int64_t n, const float* sums, in
   }
 }
 
+// What a panel's outputs will need, fetched while its sums are computed; y is null when they are not for y.
+struct Later {
+  int64_t tokens;
+  const float *residual, *y;
+};
+
 template <int NV, class T>
-void panel_of(const SparseWeights& w, int64_t panel, const float* tile, int tokens,
-              const float* residual, const float* y, float* sums) {
+void accumulate_as(const SparseWeights& w, int64_t panel, const float* tile, int64_t b0, int64_t b1, const Later& later,
+                   float* sums) {
   const int64_t blocks = (w.K + w.block - 1) / w.block, n0 = panel * w.panel;
   const int n = static_cast<int>(least(w.panel, w.N - n0)) / w.group;
   const int64_t lists = (n0 / w.group) * blocks;  // entries of `rows` and `counts` before this panel
   const float* bias = w.bias ? w.bias + n0 : nullptr;
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (int64_t b = b0; b < b1; ++b) {
     const int64_t start = w.offsets[panel * blocks + b], list = lists + b * n;
     const T* values = static_cast<const T*>(w.values) + start * w.group;
-    const float* x = tile + b * w.block * NV * W;
-    // What `finish` reads and writes is fetched meanwhile, or it would wait for it.
-    for (int64_t t = tokens * b / blocks; t < tokens * (b + 1) / blocks; ++t)
+    const float* x = tile + (b - b0) * w.block * NV * W;
+    const int64_t from = later.tokens * (b - b0) / (b1 - b0), to = later.tokens * (b - b0 + 1) / (b1 - b0);
+    for (int64_t t = later.y ? from : to; t < to; ++t)
       for (int i = 0; i < n * w.group; i += 16) {
-        __builtin_prefetch(y + t * w.N + n0 + i, 0, 2);
-        if (residual) __builtin_prefetch(residual + t * w.N + n0 + i, 0, 2);
+        __builtin_prefetch(later.y + t * w.N + n0 + i, 0, 2);
+        if (later.residual) __builtin_prefetch(later.residual + t * w.N + n0 + i, 0, 2);
       }
     if constexpr (NV <= kVectorsGrouped) {
       if (w.group == 4) {
@@ -293,20 +313,24 @@ void panel_of(const SparseWeights& w, int64_t panel, const float* tile, int toke
 }
 
 template <int NV>
-void panel_for(const SparseWeights& w, int64_t panel, const float* tile, int tokens, int vectors,
-               const float* residual, const float* y, float* sums) {
+void accumulate_for(const SparseWeights& w, int64_t panel, const float* tile, int vectors, int64_t b0, int64_t b1,
+                    const Later& later, float* sums) {
   if constexpr (NV > 0) {
-    if (vectors != NV) return panel_for<NV - 1>(w, panel, tile, tokens, vectors, residual, y, sums);
-    return w.half ? panel_of<NV, uint16_t>(w, panel, tile, tokens, residual, y, sums)
-                  : panel_of<NV, float>(w, panel, tile, tokens, residual, y, sums);
+    if (vectors != NV) return accumulate_for<NV - 1>(w, panel, tile, vectors, b0, b1, later, sums);
+    return w.half ? accumulate_as<NV, uint16_t>(w, panel, tile, b0, b1, later, sums)
+                  : accumulate_as<NV, float>(w, panel, tile, b0, b1, later, sums);
   }
 }
 
-void panel(const SparseWeights& w, int64_t panel, const float* tile, int tokens, int vectors, const float* residual,
-           float* y, float* sums) {
-  panel_for<kVectors>(w, panel, tile, tokens, vectors, residual, y, sums);
-  const int64_t n0 = panel * w.panel;
-  finish(w, n0, least(w.panel, w.N - n0), sums, tokens, vectors, residual, y);
+void accumulate(const SparseWeights& w, int64_t panel, const float* tile, int vectors, int64_t b0, int64_t b1,
+                float* sums, int tokens, const float* residual, const float* y) {
+  accumulate_for<kVectors>(w, panel, tile, vectors, b0, b1, Later{tokens, residual, y}, sums);
+}
+
+void activate(const SparseWeights& w, int64_t panel, int vectors, float* sums) {
+  if (w.activation == kNone) return;
+  const int64_t end = least(w.panel, w.N - panel * w.panel) * vectors * W;
+  for (int64_t i = 0; i < end; i += W) store(sums + i, activated(load(sums + i), w.activation));
 }
 
 // --- one token --------------------------------------------------------------------------------------------------------
@@ -496,7 +520,7 @@ void head(const AttentionShape& s, const float* q, const float* k, const float* 
       if (rows == W && width == W) {
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j) {
-          __builtin_prefetch(k + (t + j + W) * s.k_token + i);  // rows lie too far apart for the processor to do it
+          __builtin_prefetch(k + (t + j + 2 * W) * s.k_token + i);  // rows lie too far apart for the processor to do it
           block[j] = load(k + (t + j) * s.k_token + i);
         }
       } else {
@@ -510,7 +534,7 @@ void head(const AttentionShape& s, const float* q, const float* k, const float* 
   if (copied) {
     for (int64_t t = 0; t < s.tk; ++t)
       for (int64_t i = 0; i < s.d; i += W) {
-        __builtin_prefetch(v + (t + W) * s.v_token + i);
+        __builtin_prefetch(v + (t + 2 * W) * s.v_token + i);
         store(values + t * z.wide + i,
               s.d - i >= W ? load(v + t * s.v_token + i) : load_part(v + t * s.v_token + i, s.d - i));
       }
@@ -523,7 +547,7 @@ void head(const AttentionShape& s, const float* q, const float* k, const float* 
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < s.d; ++i) {
         if (i % W == 0) {
-          __builtin_prefetch(q + (t + r + kHeadRows) * s.q_token + i);
+          __builtin_prefetch(q + (t + r + 2 * kHeadRows) * s.q_token + i);
           __builtin_prefetch(out + (t + r) * apart + i, 1);
         }
         queries[r * s.d + i] = s.scale * q[(t + r) * s.q_token + i];

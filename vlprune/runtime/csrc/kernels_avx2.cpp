@@ -45,7 +45,8 @@ inline F reciprocal(F x) {
 
 }  // namespace
 
-const KernelSet kAvx2 = {"avx2", W, kVectors, kVectorsGrouped, kRowTokens, transpose, panel, row, head, head_floats};
+const KernelSet kAvx2 = {"avx2", W, kVectors, kVectorsGrouped, kRowTokens, transpose,
+    accumulate, activate, finish, row, head, head_floats};
 
 }  // namespace vlprune
 #endif

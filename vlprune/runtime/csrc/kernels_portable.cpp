@@ -46,7 +46,7 @@ inline F reciprocal(F x) { return 1.f / x; }
 
 }  // namespace
 
-const KernelSet kPortable = {"portable", W, kVectors, kVectorsGrouped, kRowTokens, transpose, panel, row, head,
-                             head_floats};
+const KernelSet kPortable = {"portable", W, kVectors, kVectorsGrouped, kRowTokens, transpose,
+    accumulate, activate, finish, row, head, head_floats};
 
 }  // namespace vlprune

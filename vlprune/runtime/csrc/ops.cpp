@@ -286,7 +286,7 @@ class Run {
   // ParallelFor of the kernels, with `pool` this object.
   static void parallel(void* pool, void (*fn)(void*, size_t), size_t total, void* data) {
     Run& run = *static_cast<Run*>(pool);
-    // 0 batches: every thread takes the next part when it is done with one.
+    // As many batches as parts: every thread takes the next part when it is done with one.
     OrtStatus* status = KernelContext_ParallelFor(run.api_, run.context_, fn, total, total, data);
     if (!status) return;
     if (run.failure_) ReleaseStatus(run.api_, run.failure_);
@@ -306,12 +306,13 @@ class Run {
   OrtStatus* failure_ = nullptr;
 };
 
-// --- SparseLinear ----------------------------------------------------------------------------------------------------
+// --- sparse layers ---------------------------------------------------------------------------------------------------
 
-class SparseLinear {
+// The weights of one layer: five inputs from `first` on (values, indices, rows, counts, bias), three attributes whose
+// names begin with `prefix`.
+class Weights : public SparseWeights {
  public:
-  static constexpr const char* kName = "SparseLinear";
-  enum Input : size_t { kX, kValues, kIndices, kRows, kCounts, kBias, kResidual, kInputs };
+  enum Input : size_t { kValues, kIndices, kRows, kCounts, kBias, kInputs };
 
   static int input_type(size_t index) {
     switch (index) {
@@ -322,83 +323,49 @@ class SparseLinear {
     }
   }
 
-  static int characteristic(size_t index) { return index == kBias || index == kResidual ? kOptional : kRequired; }
+  Weights(const Node& node, size_t first, const std::string& prefix, int64_t inputs, int64_t outputs, int activation)
+      : SparseWeights{} {
+    this->activation = activation;
+    K = inputs;
+    N = outputs;
+    const std::string names[] = {prefix + "block_columns", prefix + "panel_rows", prefix + "group_rows"};
+    block = static_cast<int>(node.integer(names[0].c_str(), 1, 256));
+    panel = static_cast<int>(node.integer(names[1].c_str(), 1, 256));
+    group = static_cast<int>(node.integer(names[2].c_str(), 1, 4));
+    if (group != 1 && group != 4)
+      refuse(kInvalidGraph, "attribute %s is %d, must be 1 or 4", names[2].c_str(), group);
+    if (panel % group || N % group)
+      refuse(kInvalidGraph, "%s %d and the %lld features must be multiples of %s %d", names[1].c_str(), panel,
+             static_cast<long long>(N), names[2].c_str(), group);
 
-  explicit SparseLinear(const Node& node) {
-    constexpr int64_t any = std::numeric_limits<int64_t>::max();
-    weights_.K = node.integer("in_features", 1, any);
-    weights_.N = node.integer("out_features", 1, any);
-    weights_.block = static_cast<int>(node.integer("block_columns", 1, 256));
-    weights_.panel = static_cast<int>(node.integer("panel_rows", 1, 256));
-    weights_.group = static_cast<int>(node.integer("group_rows", 1, 4));
-    if (weights_.group != 1 && weights_.group != 4)
-      refuse(kInvalidGraph, "attribute group_rows is %d, must be 1 or 4", weights_.group);
-    if (weights_.panel % weights_.group || weights_.N % weights_.group)
-      refuse(kInvalidGraph, "panel_rows %d and out_features %lld must be multiples of group_rows %d", weights_.panel,
-             static_cast<long long>(weights_.N), weights_.group);
-    weights_.activation = activation(node.text("activation"));
+    const Tensor values = node.constant(first + kValues, "values", kFloat, kFloat16);
+    const Tensor indices = node.constant(first + kIndices, "indices", kUint8);
+    const Tensor rows = node.constant(first + kRows, "rows", kUint8);
+    const Tensor counts = node.constant(first + kCounts, "counts", kUint16);
+    this->values = values.data;
+    half = values.type == kFloat16;
+    this->indices = static_cast<const uint8_t*>(indices.data);
+    this->rows = static_cast<const uint8_t*>(rows.data);
+    this->counts = static_cast<const uint16_t*>(counts.data);
 
-    const Tensor values = node.constant(kValues, "values", kFloat, kFloat16);
-    const Tensor indices = node.constant(kIndices, "indices", kUint8);
-    const Tensor rows = node.constant(kRows, "rows", kUint8);
-    const Tensor counts = node.constant(kCounts, "counts", kUint16);
-    weights_.values = values.data;
-    weights_.half = values.type == kFloat16;
-    weights_.indices = static_cast<const uint8_t*>(indices.data);
-    weights_.rows = static_cast<const uint8_t*>(rows.data);
-    weights_.counts = static_cast<const uint16_t*>(counts.data);
-
-    const int64_t blocks = divide_up(weights_.K, weights_.block);
-    const int64_t entries = times(blocks, weights_.N / weights_.group);
+    const int64_t blocks = divide_up(K, block);
+    const int64_t entries = times(blocks, N / group);
     length(rows, "rows", entries);
     length(counts, "counts", entries);
-    length(values, "values", times(indices.shape.dims[0], weights_.group));
-    weights_.bias = nullptr;
-    if (node.has(kBias)) {
-      const Tensor bias = node.constant(kBias, "bias", kFloat);
-      length(bias, "bias", weights_.N);
-      weights_.bias = bias.floats();
+    length(values, "values", times(indices.shape.dims[0], group));
+    if (node.has(first + kBias)) {
+      const Tensor bias = node.constant(first + kBias, "bias", kFloat);
+      length(bias, "bias", N);
+      this->bias = bias.floats();
     }
-    residual_ = node.has(kResidual);
     check_layout(blocks, indices.shape.dims[0]);
-    weights_.offsets = offsets_.data();
+    offsets = offsets_.data();
   }
 
-  void compute(Run& run) const {
-    const Tensor x = run.input(kX, "x");
-    if (x.shape.rank == 0 || x.shape.last() != weights_.K)
-      refuse(kInvalidArgument, "x has shape %s, its last dimension must be %lld", x.shape.text().c_str(),
-             static_cast<long long>(weights_.K));
-    Shape shape = x.shape;
-    shape.dims[shape.rank - 1] = weights_.N;
-    Tensor residual;
-    if (residual_) {
-      residual = run.input(kResidual, "residual");
-      if (!(residual.shape == shape))
-        refuse(kInvalidArgument, "residual has shape %s, must have %s", residual.shape.text().c_str(),
-               shape.text().c_str());
-    }
-    int64_t tokens = 1;
-    for (size_t i = 0; i + 1 < shape.rank; ++i)
-      if (shape.dims[i] == 0) tokens = 0;
-    for (size_t i = 0; tokens && i + 1 < shape.rank; ++i) tokens = times(tokens, shape.dims[i]);
-    times(tokens, weights_.N);
-    float* y = run.output(shape);
-    if (tokens)
-      sparse_linear(weights_, x.floats(), tokens, residual_ ? residual.floats() : nullptr, y, Run::parallel, &run);
-  }
-
-  static void infer(const OrtApi* api, OrtShapeInferContext* context);
+  Weights(const Weights&) = delete;
+  Weights& operator=(const Weights&) = delete;
 
  private:
-  static int activation(const std::string& name) {
-    static constexpr const char* names[] = {"none", "gelu", "gelu_tanh", "quick_gelu", "relu"};  // as in Activation
-    for (int i = 0; i < 5; ++i)
-      if (name == names[i]) return i;
-    refuse(kInvalidGraph, "attribute activation is '%s', must be none, gelu, gelu_tanh, quick_gelu or relu",
-           name.c_str());
-  }
-
   static void length(const Tensor& tensor, const char* name, int64_t wanted) {
     if (tensor.shape.dims[0] != wanted)
       refuse(kInvalidGraph, "input %s has %lld elements, must have %lld", name,
@@ -408,23 +375,22 @@ class SparseLinear {
   // Walks through the weights as the kernels do. The arrays are as long as the attributes say, so every loop ends with
   // them; `nonzeros` columns must last exactly to the end.
   void check_layout(int64_t blocks, int64_t nonzeros) {
-    const int64_t groups = weights_.N / weights_.group, per_panel = weights_.panel / weights_.group;
+    const int64_t groups = N / group, per_panel = panel / group;
     const int64_t panels = divide_up(groups, per_panel);
     offsets_.reserve(panels * blocks + 1);
     int64_t entry = 0, next = 0;
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int rows = static_cast<int>(std::min(per_panel, groups - panel * per_panel));
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int width = static_cast<int>(std::min<int64_t>(weights_.block, weights_.K - block * weights_.block));
-        const long long p = panel, b = block;
+    for (long long p = 0; p < panels; ++p) {
+      const int size = static_cast<int>(std::min<int64_t>(per_panel, groups - p * per_panel));
+      for (long long b = 0; b < blocks; ++b) {
+        const int width = static_cast<int>(std::min<int64_t>(block, K - b * block));
         offsets_.push_back(next);
         bool seen[256] = {};
         int last_count = width, last_row = -1;
-        for (int i = 0; i < rows; ++i, ++entry) {
+        for (int i = 0; i < size; ++i, ++entry) {
           uint16_t count;  // of a file that is mapped into memory: it may lie at an odd address
-          std::memcpy(&count, reinterpret_cast<const char*>(weights_.counts) + 2 * entry, sizeof count);
-          const int row = weights_.rows[entry];
-          if (row >= rows) refuse(kInvalidGraph, "rows: %d in panel %lld, which has %d rows", row, p, rows);
+          std::memcpy(&count, reinterpret_cast<const char*>(counts) + 2 * entry, sizeof count);
+          const int row = rows[entry];
+          if (row >= size) refuse(kInvalidGraph, "rows: %d in panel %lld, which has %d rows", row, p, size);
           if (seen[row]) refuse(kInvalidGraph, "rows: %d twice in panel %lld, block %lld", row, p, b);
           seen[row] = true;
           if (count > width) refuse(kInvalidGraph, "counts: %d in block %lld, which has %d columns", count, b, width);
@@ -436,7 +402,7 @@ class SparseLinear {
                                               static_cast<long long>(nonzeros));
           int last_index = -1;
           for (const int64_t end = next + count; next < end; ++next) {
-            const int index = weights_.indices[next];
+            const int index = indices[next];
             if (index >= width) refuse(kInvalidGraph, "indices: %d in block %lld, which has %d columns", index, b, width);
             if (index <= last_index) refuse(kInvalidGraph, "indices of panel %lld, block %lld do not ascend", p, b);
             last_index = index;
@@ -450,9 +416,117 @@ class SparseLinear {
              static_cast<long long>(nonzeros));
   }
 
-  SparseWeights weights_{};
   std::vector<int64_t> offsets_;
-  bool residual_ = false;
+};
+
+int activation_of(const Node& node) {
+  static constexpr const char* names[] = {"none", "gelu", "gelu_tanh", "quick_gelu", "relu"};  // as in Activation
+  const std::string name = node.text("activation");
+  for (int i = 0; i < 5; ++i)
+    if (name == names[i]) return i;
+  refuse(kInvalidGraph, "attribute activation is '%s', must be none, gelu, gelu_tanh, quick_gelu or relu",
+         name.c_str());
+}
+
+int64_t features(const Node& node, const char* name) {
+  return node.integer(name, 1, std::numeric_limits<int64_t>::max());
+}
+
+// Reads x and the residual, makes y; calls compute(x, tokens, residual, y) when there are tokens.
+template <class Compute>
+void run_layers(Run& run, int64_t K, int64_t N, size_t residual_input, bool has_residual, const Compute& compute) {
+  const Tensor x = run.input(0, "x");
+  if (x.shape.rank == 0 || x.shape.last() != K)
+    refuse(kInvalidArgument, "x has shape %s, its last dimension must be %lld", x.shape.text().c_str(),
+           static_cast<long long>(K));
+  Shape shape = x.shape;
+  shape.dims[shape.rank - 1] = N;
+  Tensor residual;
+  if (has_residual) {
+    residual = run.input(residual_input, "residual");
+    if (!(residual.shape == shape))
+      refuse(kInvalidArgument, "residual has shape %s, must have %s", residual.shape.text().c_str(),
+             shape.text().c_str());
+  }
+  int64_t tokens = 1;
+  for (size_t i = 0; i + 1 < shape.rank; ++i)
+    if (shape.dims[i] == 0) tokens = 0;
+  for (size_t i = 0; tokens && i + 1 < shape.rank; ++i) tokens = times(tokens, shape.dims[i]);
+  times(tokens, N);
+  float* y = run.output(shape);
+  if (tokens) compute(x.floats(), tokens, has_residual ? residual.floats() : nullptr, y);
+}
+
+class SparseLinear {
+ public:
+  static constexpr const char* kName = "SparseLinear";
+  enum Input : size_t { kX, kWeights, kResidual = kWeights + Weights::kInputs, kInputs };
+
+  static int input_type(size_t index) {
+    return index == kX || index == kResidual ? static_cast<int>(kFloat) : Weights::input_type(index - kWeights);
+  }
+  static int characteristic(size_t index) {
+    return index == kWeights + Weights::kBias || index == kResidual ? kOptional : kRequired;
+  }
+
+  explicit SparseLinear(const Node& node)
+      : weights_(node, kWeights, "", features(node, "in_features"), features(node, "out_features"),
+                 activation_of(node)),
+        residual_(node.has(kResidual)) {}
+
+  void compute(Run& run) const {
+    run_layers(run, weights_.K, weights_.N, kResidual, residual_,
+               [&](const float* x, int64_t tokens, const float* residual, float* y) {
+                 sparse_linear(weights_, x, tokens, residual, y, Run::parallel, &run);
+               });
+  }
+
+  static void infer(const OrtApi* api, OrtShapeInferContext* context);
+
+ private:
+  Weights weights_;
+  bool residual_;
+};
+
+// Two SparseLinears of which only the second reads the first.
+class SparseMlp {
+ public:
+  static constexpr const char* kName = "SparseMlp";
+  enum Input : size_t {
+    kX,
+    kFirst,
+    kSecond = kFirst + Weights::kInputs,
+    kResidual = kSecond + Weights::kInputs,
+    kInputs
+  };
+
+  static int input_type(size_t index) {
+    return index == kX || index == kResidual ? static_cast<int>(kFloat)
+                                             : Weights::input_type((index - kFirst) % Weights::kInputs);
+  }
+  static int characteristic(size_t index) {
+    return index == kFirst + Weights::kBias || index == kSecond + Weights::kBias || index == kResidual ? kOptional
+                                                                                                       : kRequired;
+  }
+
+  explicit SparseMlp(const Node& node)
+      : first_(node, kFirst, "", features(node, "in_features"), features(node, "hidden_features"),
+               activation_of(node)),
+        second_(node, kSecond, "hidden_", first_.N, features(node, "out_features"), kNone),
+        residual_(node.has(kResidual)) {}
+
+  void compute(Run& run) const {
+    run_layers(run, first_.K, second_.N, kResidual, residual_,
+               [&](const float* x, int64_t tokens, const float* residual, float* y) {
+                 sparse_mlp(first_, second_, x, tokens, residual, y, Run::parallel, &run);
+               });
+  }
+
+  static void infer(const OrtApi* api, OrtShapeInferContext* context) { SparseLinear::infer(api, context); }
+
+ private:
+  Weights first_, second_;
+  bool residual_;
 };
 
 // --- Attention -------------------------------------------------------------------------------------------------------
@@ -670,14 +744,15 @@ Operator operator_of(const OrtApi* api, bool infers_shapes) {
 // The operators and their domain, which sessions keep pointers to: made once and never released. One per table of
 // functions, because a process can hold two ONNX Runtimes.
 struct Operators {
-  Operator sparse_linear, attention;
+  Operator sparse_linear, sparse_mlp, attention;
   OrtCustomOpDomain* domain = nullptr;
 
   Operators(const OrtApi* api, bool infers_shapes)
       : sparse_linear(operator_of<SparseLinear>(api, infers_shapes)),
+        sparse_mlp(operator_of<SparseMlp>(api, infers_shapes)),
         attention(operator_of<Attention>(api, infers_shapes)) {
     check(CreateCustomOpDomain(api, "vlprune", &domain));
-    for (const Operator* op : {&sparse_linear, &attention})
+    for (const Operator* op : {&sparse_linear, &sparse_mlp, &attention})
       if (OrtStatus* status = CustomOpDomain_Add(api, domain, op)) {
         ReleaseCustomOpDomain(api, domain);
         check(status);
