@@ -15,7 +15,7 @@ from vlprune.errors import MachineError
 
 DOMAIN = "vlprune"  # of the operators in an ONNX file
 BUILD = (
-    "install a C++ compiler (GCC 12, Clang, or newer), then pip install --no-cache-dir --force-reinstall --no-deps "
+    "install a C++ compiler (GCC 11, Clang, or newer), then pip install --no-cache-dir --force-reinstall --no-deps "
     "vlprune, or the folder of its sources"
 )
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")

@@ -104,8 +104,13 @@ inline F activated(F x, int activation) {
 // Rows i and i + W/2 are interleaved, log2(W) times: a transposed block.
 template <int... L>
 inline void zip(F a, F b, F* low, F* high, Sequence<L...>) {
+#if defined(VLPRUNE_NO_SHUFFLEVECTOR)  // GCC before 12
+  *low = __builtin_shuffle(a, b, I{(L / 2 + L % 2 * W)...});
+  *high = __builtin_shuffle(a, b, I{(L / 2 + W / 2 + L % 2 * W)...});
+#else
   *low = __builtin_shufflevector(a, b, (L / 2 + L % 2 * W)...);
   *high = __builtin_shufflevector(a, b, (L / 2 + W / 2 + L % 2 * W)...);
+#endif
 }
 
 inline void transpose_block(F (&block)[W]) {

@@ -32,7 +32,11 @@ inline Quad quad(const uint16_t* p) {
 }
 template <int U>
 inline F lane(Quad w) {
+#if defined(VLPRUNE_NO_SHUFFLEVECTOR)
+  return __builtin_shuffle(w.v, I{U, U, U, U});
+#else
   return __builtin_shufflevector(w.v, w.v, U, U, U, U);
+#endif
 }
 
 inline F at_least(F x, float low) { return (F{} + low) > x ? F{} + low : x; }
