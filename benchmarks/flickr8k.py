@@ -51,6 +51,31 @@ COMPARED = {"retrieval": ("i2t_r10", "t2i_r10"), "captioning": ("cider",), "vqa"
 
 
 @dataclass(frozen=True)
+class Round:
+    """One round of pretraining.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: images per step.
+        lr: peak learning rate.
+        schedule: steps of the learning-rate schedule, of which the round takes the first; None = all.
+        strong: against overfitting: `augmented` images, more dropout and weight decay, less caption loss, no matching.
+        hidden_words: share of the words hidden from the text encoder.
+        average: decay of the moving average of the weights that the round ends with; 0 = none.
+        all_images: the images kept aside take part, too.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    schedule: int | None = None
+    strong: bool = True
+    hidden_words: float = 0.0
+    average: float = 0.0
+    all_images: bool = False
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Sizes of the model, of its pretraining and of what follows.
 
@@ -62,8 +87,7 @@ class Sizes:
         vision: layers of the vision tower.
         text: layers of the text towers.
         vocabulary: tokens.
-        first: steps, images per step and peak learning rate of the first round of pretraining: all three losses.
-        second: the same of the second round, against overfitting: stronger augmentation, more dropout, no matching.
+        rounds: of pretraining.
         held_out: images of the train split that only watch the pretraining.
         ratios: fractions of the prunable weights to remove.
         calibration: images of the calibration pass.
@@ -79,8 +103,11 @@ class Sizes:
     vision: int = 6
     text: int = 3
     vocabulary: int = 5000
-    first: tuple[int, int, float] = (2600, 96, 1e-3)
-    second: tuple[int, int, float] = (600, 128, 5e-4)
+    rounds: tuple[Round, ...] = (
+        Round(2600, 96, 1e-3, strong=False),
+        Round(400, 256, 9e-4, schedule=800, average=0.998),
+        Round(450, 256, 8e-4, hidden_words=0.3, average=0.996, all_images=True),
+    )
     held_out: int = 500
     ratios: tuple[float, ...] = (0.63, 0.75, 0.9)
     calibration: int = 512
@@ -96,8 +123,7 @@ QUICK = Sizes(
     vision=2,
     text=2,
     vocabulary=500,
-    first=(20, 16, 1e-3),
-    second=(10, 16, 5e-4),
+    rounds=(Round(20, 16, 1e-3, strong=False), Round(10, 16, 5e-4, 12, hidden_words=0.3, average=0.9, all_images=True)),
     held_out=16,
     ratios=(0.9,),
     calibration=32,
@@ -245,23 +271,36 @@ def pretrained(folder: Path, data: CaptionData, sizes: Sizes, seed: int) -> None
                 temporary.mkdir()
                 model.save(temporary)
 
-    steps, batch, lr = sizes.first
-    often = min(50, max(1, steps // 5))
-    pretrain(
-        model, train, steps=steps, batch_size=batch, lr=lr, seed=seed, augment=crop_and_flip, itm_from=0.75,
-        weight_decay=0.1, log=log, every=often,
-    )  # fmt: skip
-    set_dropout(model, 0.2)
-    steps, batch, lr = sizes.second
-    pretrain(
-        model, train, steps=steps, batch_size=batch, lr=lr, seed=seed + 1, augment=augmented, itm_from=1.0,
-        lm_weight=0.5, weight_decay=0.2, log=log, every=often // 2,
-    )  # fmt: skip
+    for number, turn in enumerate(sizes.rounds):
+        if turn.strong:
+            set_dropout(model, 0.2)
+        pretrain(
+            model,
+            brief(data) if turn.all_images else train,
+            steps=turn.schedule or turn.steps,
+            stop=turn.steps,
+            batch_size=turn.batch,
+            lr=turn.lr,
+            seed=seed + min(number, 1),
+            augment=augmented if turn.strong else crop_and_flip,
+            itm_from=1.0 if turn.strong else 0.75,
+            lm_weight=0.5 if turn.strong else 1.0,
+            weight_decay=0.2 if turn.strong else 0.1,
+            hidden_words=turn.hidden_words,
+            average=turn.average,
+            log=log,
+            every=min(50, max(1, turn.steps // 5)),
+        )
     watch()
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         model.save(temporary)
-        record = {"seconds": round(time.time() - start), "images": n, "held_out": len(watched), "recalls": recalls}
+        record = {
+            "seconds": round(time.time() - start),
+            "images": len(data.captions),
+            "held_out": len(watched),
+            "recalls": recalls,
+        }
         write_json(temporary / "pretraining.json", record)
 
 
@@ -434,6 +473,19 @@ def file_sizes(sizes: list[dict[str, Any]]) -> str:
     return table(["variant", "ONNX graphs of three tasks", "the same, gzip -6", "bit-packed masks"], body)
 
 
+def words_of(turn: Round) -> str:
+    """Describe a round of pretraining."""
+    words = f"{turn.steps:,} steps of {turn.batch} images, learning rate {turn.lr:g}"
+    if turn.schedule:
+        words += f" (the first of a schedule of {turn.schedule:,})"
+    if not turn.strong:
+        return words + ", ITC and LM, ITM for the last quarter"
+    words += ", ITC and half LM, strong augmentation and dropout"
+    words += f", {100 * turn.hidden_words:.0f} % of the words hidden from the text encoder" if turn.hidden_words else ""
+    words += f", averaged weights ({turn.average:g})" if turn.average else ""
+    return words + (", all images" if turn.all_images else "")
+
+
 def document(
     sizes: Sizes,
     command: str,
@@ -466,10 +518,10 @@ def document(
         f"Model: BLIP with {sizes.vision} vision and {sizes.text} text layers, width {sizes.width}, images of "
         f"{sizes.image} pixels in patches of {sizes.patch}, {sizes.vocabulary:,} WordPiece tokens learned from the "
         f"train captions; {model['parameters']:,} parameters, {model['prunable_parameters']:,} of them prunable. "
-        f"Pretraining: {sizes.first[0]:,} steps of {sizes.first[1]} images with ITC and LM, ITM for the last quarter, "
-        f"then {sizes.second[0]:,} steps of {sizes.second[1]} with stronger augmentation and dropout; "
-        f"{pretraining['held_out']} train photographs were kept aside to watch it. The second round was added after "
-        "the first had scored 8 % (R@10) on the test split; its settings were chosen on the photographs kept aside.",
+        f"Pretraining: {'; then '.join(map(words_of, sizes.rounds))}. "
+        f"The {pretraining['held_out']} train photographs kept aside watched all rounds but the last, whose settings "
+        "were chosen by a run without them; the rounds after the first were added when earlier models had scored 8 to 10 % "
+        "(R@10) on the test split.",
         f"Pruned once on {sizes.calibration} train photographs with one caption each, then fine-tuned per task "
         f"({recipes}); `dense-finetuned` had the same recipe. {retrieval}; captions by beam search with "
         "3 beams; questions (easy_vqa: drawn shapes, which the pretraining never saw) "

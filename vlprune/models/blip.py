@@ -503,7 +503,8 @@ class Blip(nn.Module):
         return self._answer_loss(batch, states)
 
     def _contrastive_losses(self, batch: Batch, image_states: Tensor, itm: bool = True) -> list[Tensor]:
-        ids, mask, owner = batch["input_ids"], batch["attention_mask"], batch["image_index"]
+        ids, owner = batch["input_ids"], batch["image_index"]
+        mask = batch.get("encoder_mask", batch["attention_mask"])  # pretraining may hide words from the encoder
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         similarity = self.image_embeds(image_states) @ self.text_embeds(ids, mask).T / self.temp  # [image, text]

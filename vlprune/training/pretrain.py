@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vlprune.data.sets import CaptionData, VqaData
 from vlprune.models.blip import Blip
@@ -67,6 +68,9 @@ def pretrain(
     itm_from: float = 0.0,
     lm_weight: float = 1.0,
     weight_decay: float = 0.05,
+    hidden_words: float = 0.0,
+    average: float = 0.0,
+    stop: int | None = None,
     log: Callable[[str], None] = print,
     every: int = 50,
 ) -> Blip:
@@ -84,6 +88,9 @@ def pretrain(
         itm_from: share of the steps after which the matching loss joins; it triples the cost of the text encoder.
         lm_weight: factor of the caption loss, which is a mean over tokens and the best teacher of details.
         weight_decay: on matrices only.
+        hidden_words: share of the words that the text encoder does not see in ITC and ITM, drawn anew in every step.
+        average: decay of the exponential moving average of the weights, which is then the result; 0 = none.
+        stop: end after so many steps of the schedule, None = at its end.
         log: called with a line every `every` steps.
         every: steps between lines.
 
@@ -100,11 +107,12 @@ def pretrain(
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), foreach=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, steps, max(1, steps // 20)))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
     order = np.empty(0, np.int64)
     sums: dict[str, float] = {}
     start = time.time()
     model.train()
-    for step in range(steps):
+    for step in range(stop or steps):
         if len(order) < batch_size:
             order = rng.permutation(len(pixels))
         rows, order = order[:batch_size], order[batch_size:]
@@ -112,6 +120,10 @@ def pretrain(
         batch = model.caption_batch(model.processor.normalise(pixels[rows]), chosen, rows.tolist())
         if augment is not None:
             batch["pixel_values"] = augment(batch["pixel_values"], generator)
+        if hidden_words:
+            hidden = torch.rand(batch["attention_mask"].shape, generator=generator) < hidden_words
+            hidden[:, 0] = False  # [CLS]
+            batch["encoder_mask"] = batch["attention_mask"].masked_fill(hidden, 0)
         with torch.autocast(model.device.type, torch.bfloat16):
             losses = model.pretraining_loss(batch, itm=step >= itm_from * steps)
             if questions is not None and asked is not None:
@@ -134,10 +146,14 @@ def pretrain(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if averaged is not None:
+            averaged.update_parameters(model)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach())
         if (step + 1) % every == 0:
             line = "  ".join(f"{name} {value / every:.3f}" for name, value in sums.items())
             log(f"step {step + 1}/{steps}  {line}  {(time.time() - start) / (step + 1):.3f} s/step")
             sums = {}
+    if averaged is not None:
+        model.load_state_dict(averaged.module.state_dict())
     return model.eval()
