@@ -520,8 +520,8 @@ def document(
         f"train captions; {model['parameters']:,} parameters, {model['prunable_parameters']:,} of them prunable. "
         f"Pretraining: {'; then '.join(map(words_of, sizes.rounds))}. "
         f"The {pretraining['held_out']} train photographs kept aside watched all rounds but the last, whose settings "
-        "were chosen by a run without them; the rounds after the first were added when earlier models had scored 8 to 10 % "
-        "(R@10) on the test split.",
+        "were chosen by a run without them; the rounds after the first were added when earlier models had scored "
+        "8 to 10 % (R@10) on the test split.",
         f"Pruned once on {sizes.calibration} train photographs with one caption each, then fine-tuned per task "
         f"({recipes}); `dense-finetuned` had the same recipe. {retrieval}; captions by beam search with "
         "3 beams; questions (easy_vqa: drawn shapes, which the pretraining never saw) "
