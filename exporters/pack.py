@@ -3,8 +3,8 @@
 `pack` replaces each Linear that is sparse enough by one vlprune.SparseLinear, which takes the bias, the activation and
 the residual with it, and each attention by one vlprune.Attention; everything else stays as it is. Linears that give
 the query, key and value of one attention become one node, and so do two of which only the second reads the first
-(vlprune.SparseMlp). `unpack` writes standard operators again, with the weights
-under their names: exactly those packed as fp32, the rounded ones of fp16.
+(vlprune.SparseMlp). `unpack` writes standard operators again, with the weights under their names: exactly those packed
+as fp32, the rounded ones of fp16.
 
 Only onnx and numpy are imported here.
 """
@@ -225,9 +225,10 @@ class _Packer:
     def fuse_mlps(self) -> None:
         """Join each two packed Linears of which only the second reads the first."""
         for first in list(self.graph):
-            hidden = first.output[0]
-            second = self.graph.only_reader(hidden) if first.op_type == "SparseLinear" else None
-            if second is None or second.op_type != "SparseLinear" or hidden in self.graph.results:
+            if not _is_sparse_linear(first) or self.graph.makers.get(hidden := first.output[0]) is not first:
+                continue  # the second of a pair has gone into it already
+            second = self.graph.only_reader(hidden)
+            if second is None or not _is_sparse_linear(second):
                 continue
             given, after = attributes(first), attributes(second)
             inputs = [[*node.input, "", ""][:7] for node in (first, second)]
@@ -457,9 +458,12 @@ def _without_mlps(packed: ModelProto) -> ModelProto:
             model.graph.node.append(node)
             continue
         given, inputs = attributes(node), [*node.input, *[""] * 12][:12]
+        activation = given.get("activation", b"none")
         wanted = ("in_features", "hidden_features", "out_features", *_SIZES, *(f"hidden_{size}" for size in _SIZES))
-        if any(not isinstance(given.get(name), int) for name in wanted):
+        if any(not isinstance(given.get(name), int) for name in wanted) or not isinstance(activation, bytes):
             raise RequestError(f"the node {node.name} lacks an attribute of {', '.join(wanted)}")
+        if len(node.output) != 1:
+            raise RequestError(f"the node {node.name} has {len(node.output)} outputs instead of one")
         layer = layers.get(node.name, {})
         linears = layer.get("linears") or [f"{node.name}/{part}" for part in ("first", "second")]
         hidden = names.value(layer.get("hidden") or f"{node.name}/hidden")
@@ -467,18 +471,15 @@ def _without_mlps(packed: ModelProto) -> ModelProto:
         first = {"in_features": given["in_features"], "out_features": given["hidden_features"], **sizes}
         sizes = {size: given[f"hidden_{size}"] for size in _SIZES}
         second = {"in_features": given["hidden_features"], "out_features": given["out_features"], **sizes}
-        activation = given.get("activation", b"none")
         model.graph.node.append(_linear_node(inputs[:6], hidden, linears[0], activation, first))
         second_inputs = [hidden, *inputs[6:]]
         model.graph.node.append(_linear_node(second_inputs, node.output[0], linears[1], b"none", second))
     return model
 
 
-def _linear_node(
-    inputs: Sequence[str], output: str, name: str, activation: Any, sizes: Mapping[str, int]
-) -> NodeProto:
+def _linear_node(inputs: Sequence[str], output: str, name: str, activation: Any, sizes: Mapping[str, int]) -> NodeProto:
     inputs = list(inputs)
-    while not inputs[-1]:
+    while inputs and not inputs[-1]:
         inputs.pop()
     return helper.make_node("SparseLinear", inputs, [output], name, domain=DOMAIN, activation=activation, **sizes)
 
@@ -703,8 +704,8 @@ def _layers(model: ModelProto) -> dict[str, dict[str, Any]]:
                     raise ValueError("a weight without name or rows")
                 if part["rows"] < 1 or not isinstance(part.get("bias"), str | None):
                     raise ValueError("a weight without rows, or with a bias that is no name")
-            linears = layer.get("linears", ["", ""])
-            if len(linears) != 2 or not all(isinstance(name, str) for name in [*linears, layer.get("hidden", "")]):
+            linears, hidden = layer.get("linears", ["", ""]), layer.get("hidden", "")
+            if type(linears) is not list or [type(name) for name in [*linears, hidden]] != [str] * 3:
                 raise ValueError("two layers in one without two names")
             if type(layer.get("width", 1)) is not int or layer.get("width", 1) < 1:
                 raise ValueError("heads without width")
@@ -775,6 +776,10 @@ def _rebuilt(model: ModelProto, nodes: Sequence[NodeProto], made: Sequence[onnx.
     new.functions.extend(model.functions)
     new.metadata_props.extend(model.metadata_props)
     return new
+
+
+def _is_sparse_linear(node: NodeProto) -> bool:
+    return bool(node.domain == DOMAIN and node.op_type == "SparseLinear")
 
 
 def _base(weight: str) -> str:

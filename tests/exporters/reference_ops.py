@@ -1,4 +1,4 @@
-"""What the two operators of a packed graph compute, in numpy and slowly: the reference for kernels and packer."""
+"""What the operators of a packed graph compute, in numpy and slowly: the reference for kernels and packer."""
 
 import math
 
@@ -27,20 +27,40 @@ def activate(name, x):
     return x / (1 + np.exp(-1.702 * x))
 
 
+def layer(x, values, indices, rows, counts, bias, activation, sizes):
+    weight = decode(values, indices, rows, counts, **sizes)
+    y = x.astype(np.float64) @ weight.T.astype(np.float64)
+    if bias is not None:
+        assert bias.shape == y.shape[-1:]
+        y = y + bias
+    return activate(activation, y)
+
+
+def plus(y, residual):
+    if residual is not None:
+        assert residual.shape == y.shape
+        y = y + residual
+    return (y.astype(np.float32),)
+
+
 class SparseLinear(OpRun):
     op_domain = "vlprune"
 
     def _run(self, x, values, indices, rows, counts, bias=None, residual=None, **given):
-        weight = decode(values, indices, rows, counts, **{name: given[name] for name in SIZES})
-        y = x.astype(np.float64) @ weight.T.astype(np.float64)
-        if bias is not None:
-            assert bias.shape == y.shape[-1:]
-            y = y + bias
-        y = activate(given["activation"], y)
-        if residual is not None:
-            assert residual.shape == y.shape
-            y = y + residual
-        return (y.astype(np.float32),)
+        sizes = {name: given[name] for name in SIZES}
+        return plus(layer(x, values, indices, rows, counts, bias, given["activation"], sizes), residual)
+
+
+class SparseMlp(OpRun):
+    op_domain = "vlprune"
+
+    def _run(self, x, *inputs, **given):
+        inputs = [*inputs, *[None] * 11][:11]
+        first = {name: given[name] for name in SIZES} | {"out_features": given["hidden_features"]}
+        second = {name: given[f"hidden_{name}"] for name in SIZES[2:]}
+        second |= {"in_features": given["hidden_features"], "out_features": given["out_features"]}
+        hidden = layer(x, *inputs[:5], given["activation"], first)
+        return plus(layer(hidden, *inputs[5:10], "none", second), inputs[10])
 
 
 class Attention(OpRun):
@@ -71,4 +91,4 @@ class Attention(OpRun):
 
 def evaluate(model: onnx.ModelProto, feeds: dict) -> list:
     """Run a packed graph in numpy."""
-    return ReferenceEvaluator(model, new_ops=[SparseLinear, Attention]).run(None, feeds)
+    return ReferenceEvaluator(model, new_ops=[SparseLinear, SparseMlp, Attention]).run(None, feeds)

@@ -561,7 +561,7 @@ def test_shapes_follow_the_residual_stream_where_inference_gives_up():
     rng = np.random.default_rng(0)
     feeds = {name: rng.normal(size=(2, 5, K)).astype(np.float32) for name in ("x", "p")}
     packed, _ = packed_well(graph.model(stream), feeds)
-    assert kinds(packed) == ["Add"] + 3 * ["SparseLinear", "SparseLinear", "LayerNormalization"]
+    assert kinds(packed) == ["Add"] + 3 * ["SparseMlp", "LayerNormalization"]
 
 
 def test_a_residual_computed_later_comes_first():
@@ -680,6 +680,203 @@ def test_groups_of_four_rows_are_found():
     y = graph("MatMul", "x", graph.constant(sparse((N, K), 0.75, group=4).T, "w"))
     packed, rows = packed_well(graph.model(y))
     assert rows[0]["group_rows"] == only(packed)["group_rows"] == 4
+
+
+# --- two Linears in one node ------------------------------------------------------------------------------------------
+
+WIDE = 80
+
+
+def pair(graph, activation=relu, x="x", shape=(WIDE, N), zeros=(0.8, 0.8), **more):
+    """Two Linears in a row: the value between them, and the result."""
+    hidden = graph.linear(x, "fc1", (shape[0], K), zeros=zeros[0], **more)
+    hidden = activation(graph, hidden) if activation else hidden
+    return hidden, graph.linear(hidden, "fc2", shape[::-1], zeros=zeros[1], seed=1, **more)
+
+
+def mlp(model):
+    """The one SparseMlp of a graph: its attributes."""
+    (node,) = [node for node in model.graph.node if node.op_type == "SparseMlp"]
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    return given | {"inputs": list(node.input), "output": list(node.output), "name": node.name}
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=lambda f: f.__name__ if f else "none")
+@pytest.mark.parametrize("values, bias, residual", [("fp32", True, False), ("fp16", True, True), ("fp32", False, True)])
+def test_a_pair_becomes_one_node(activation, values, bias, residual):
+    graph = x3(r=["batch", "length", N]) if residual else x3()
+    hidden, y = pair(graph, activation, bias=bias)
+    model = graph.model(graph("Add", y, "r") if residual else y)
+    if values == "fp16":  # weights that half precision holds: packing does not round them
+        for tensor in model.graph.initializer:
+            if "weight" in tensor.name:
+                array = numpy_helper.to_array(tensor).astype(np.float16).astype(np.float32)
+                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    packed, rows = packed_well(model, values=values)
+    assert kinds(packed) == ["SparseMlp"] and [row["name"] for row in rows] == ["fc1.weight", "fc2.weight"]
+    given = mlp(packed)
+    assert given["activation"].decode() == (ACTIVATIONS[activation] if activation else "none")
+    assert [given[f"{name}_features"] for name in ("in", "hidden", "out")] == [K, WIDE, N]
+    assert given["output"] == [model.graph.output[0].name]
+    arrays = ("values", "indices", "rows", "counts")
+    names = [f"{base}.weight/{name}" for base in ("fc1", "fc2") for name in arrays]
+    biases = ["fc1.bias", "fc2.bias"] if bias else ["", ""]
+    expected = ["x", *names[:4], biases[0], *names[4:], biases[1], "r" if residual else ""]
+    while not expected[-1]:
+        expected.pop()
+    assert given["inputs"] == expected
+
+    plain = unpack(packed)
+    before, after = ({t.name: numpy_helper.to_array(t) for t in m.graph.initializer} for m in (model, plain))
+    constants = {name for name in after if name.startswith("/constant/")}
+    read = {name for name in before if name.startswith("fc")}
+    assert after.keys() - constants == read
+    for name in read:
+        np.testing.assert_array_equal(after[name], before[name], name)
+    made = {name for node in plain.graph.node for name in node.output}
+    assert hidden in made and given["output"][0] in made
+    again, _ = pack(plain, target="avx512", values=values)
+    assert list(again.graph.node) == list(packed.graph.node)
+
+
+def test_a_pair_in_groups_of_four_rows():
+    graph = x3()
+    weights = [sparse((WIDE, K), 0.75, 0, group=4), sparse((N, WIDE), 0.75, 1)]
+    weights += [sparse((WIDE, N), 0.75, 2), sparse((N, WIDE), 0.75, 3, group=4)]
+    y = "x"
+    for number, weight in enumerate(weights):
+        y = graph("MatMul", y, graph.constant(weight.T, f"w{number}"))
+        y = graph("Tanh", y) if number == 1 else y
+    packed, _ = packed_well(graph.model(y))
+    assert kinds(packed) == ["SparseMlp", "Tanh", "SparseMlp"]
+    sizes = [{a.name: a.i for a in packed.graph.node[place].attribute} for place in (0, 2)]
+    assert [(given["group_rows"], given["hidden_group_rows"]) for given in sizes] == [(4, 1), (1, 4)]
+
+
+def test_the_residual_of_a_pair_may_be_its_input_or_come_later():
+    graph = x3()
+    _, y = pair(graph, gelu_a, shape=(WIDE, K))
+    packed, _ = packed_well(graph.model(graph("Add", y, "x")))
+    assert kinds(packed) == ["SparseMlp"] and mlp(packed)["inputs"][11] == "x"
+    graph = x3()
+    _, y = pair(graph, gelu_a, shape=(WIDE, K))
+    late = graph("Neg", graph("Tanh", "x"))
+    packed, _ = packed_well(graph.model(graph("Add", y, late)))
+    assert kinds(packed) == ["Tanh", "Neg", "SparseMlp"] and mlp(packed)["inputs"][11] == late
+
+
+@pytest.mark.parametrize("linears", [3, 4, 5])
+def test_of_a_row_of_linears_each_goes_into_one_node(linears):
+    graph, y = x3(), "x"
+    for number in range(linears):
+        shape = (K, N) if number % 2 else (N, K)
+        y = graph.linear(y, f"fc{number}", shape, seed=number)
+    packed, _ = packed_well(graph.model(y))
+    assert kinds(packed) == ["SparseMlp"] * (linears // 2) + ["SparseLinear"] * (linears % 2)
+
+
+@pytest.mark.parametrize(
+    "why", ["result", "read by another", "read by a third Linear", "read by a branch", "residual", "its own residual",
+            "second activation", "first dense", "second dense"]
+)  # fmt: skip
+def test_what_is_no_pair_stays_apart(why):
+    graph = x3(r=["batch", "length", WIDE])
+    if why == "residual":
+        hidden = graph("Add", graph.linear("x", "fc1", (WIDE, K)), "r")
+        y = graph.linear(hidden, "fc2", (N, WIDE), seed=1)
+    else:
+        zeros = (0.2, 0.8) if why == "first dense" else (0.8, 0.2) if why == "second dense" else (0.8, 0.8)
+        hidden, y = pair(graph, shape=(WIDE, WIDE if why == "its own residual" else N), zeros=zeros)
+    outputs = [y]
+    if why == "result":
+        outputs.append(hidden)
+    elif why == "read by another":
+        outputs.append(graph("Neg", hidden))
+    elif why == "read by a third Linear":
+        outputs.append(graph.linear(hidden, "fc3", (N, WIDE), seed=2))
+    elif why == "read by a branch":
+        info = helper.make_tensor_value_info("n", FLOAT, None)
+        branch = helper.make_graph([helper.make_node("Neg", [hidden], ["n"])], "b", [], [info])
+        graph.tensors.append(numpy_helper.from_array(np.array(True), "yes"))
+        outputs.append(graph("If", "yes", then_branch=branch, else_branch=branch))
+    elif why == "its own residual":
+        outputs = [graph("Add", y, hidden)]
+    elif why == "second activation":
+        outputs = [relu(graph, y)]
+    packed, rows = packed_well(graph.model(*outputs))
+    sparse_nodes = [kind for kind in kinds(packed) if kind.startswith("Sparse")]
+    assert sparse_nodes == ["SparseLinear"] * sum(row["packed"] for row in rows) and sparse_nodes
+
+
+def test_linears_of_another_domain_are_no_pair():
+    graph = x3()
+    nodes = [
+        helper.make_node("SparseLinear", ["x"], ["h"], domain="other"),
+        helper.make_node("SparseLinear", ["h"], ["g"], domain="other"),
+    ]
+    model = graph.model(graph.linear("x"))
+    model.graph.node.extend(nodes)
+    model.graph.output.append(helper.make_tensor_value_info("g", FLOAT, None))
+    model.opset_import.append(helper.make_opsetid("other", 1))
+    assert kinds(pack(model, target="avx2")[0]) == ["SparseLinear"] * 3
+
+
+def test_a_pair_made_twice_from_the_same_weights():
+    graph = x3(z=["batch", "other", K])
+    first, second = (graph.constant(sparse(s, seed=i).T, f"w{i}") for i, s in enumerate([(WIDE, K), (N, WIDE)]))
+    results = [graph("MatMul", relu(graph, graph("MatMul", x, first)), second) for x in ("x", "z")]
+    packed, rows = packed_well(graph.model(*results))
+    assert kinds(packed) == ["SparseMlp"] * 2 and len(rows) == 2
+    nodes = packed.graph.node
+    assert nodes[0].input[1:] == nodes[1].input[1:] and len({node.name for node in nodes}) == 2
+    assert {t.name for t in unpack(packed).graph.initializer} == {"w0", "w1"}
+
+
+def packed_pair(**more):
+    graph = x3(r=["batch", "length", N])
+    model = graph.model(graph("Add", pair(graph, gelu_a)[1], "r"))
+    return model, pack(model, target="avx2", **more)[0]
+
+
+@pytest.mark.parametrize("kept", ["nothing", "other keys", "other nodes", "no names", "names that are taken"])
+def test_pairs_are_unpacked_without_their_metadata(kept):
+    model, packed = packed_pair()
+    name = mlp(packed)["name"]
+    entry = next(entry for entry in packed.metadata_props if entry.key == "vlprune.layers")
+    if kept == "nothing":
+        del packed.metadata_props[:]
+    elif kept == "other keys":
+        packed.metadata_props.remove(entry)
+    else:
+        taken = {"linears": ["x", "x"], "hidden": "fc1.bias"}
+        layer = {"other nodes": None, "no names": {"linears": ["", ""], "hidden": ""}, "names that are taken": taken}
+        entry.value = json.dumps({name: layer[kept]} if layer[kept] else {"else": {"linears": ["a", "b"]}})
+    plain = unpack(packed)
+    onnx.checker.check_model(plain, full_check=True)
+    assert not is_packed(plain) and kinds(plain).count("MatMul") == 2
+    feeds = feeds_of(model)
+    np.testing.assert_allclose(run(plain, feeds)[0], run(model, feeds)[0], atol=1e-5)
+    weights = [numpy_helper.to_array(t) for t in plain.graph.initializer if len(t.dims) == 2]
+    for name, got in zip(("fc1", "fc2"), weights, strict=True):
+        (wanted,) = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name == f"{name}.weight.T"]
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"linears": ["a"]}, {"linears": ["a", "b", "c"]}, {"linears": ["a", 1]}, {"linears": "ab"}, {"linears": None},
+        {"linears": {"a": 1, "b": 2}}, {"linears": [["a"], "b"]}, {"linears": 2}, {"hidden": 1}, {"hidden": None},
+        {"hidden": ["h"]}, [], "ab", None,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_malformed_metadata_of_pairs_are_refused(layer):
+    _, packed = packed_pair()
+    entry = next(entry for entry in packed.metadata_props if entry.key == "vlprune.layers")
+    entry.value = json.dumps({mlp(packed)["name"]: layer})
+    with pytest.raises(RequestError, match="the metadata of the packed graph are malformed"):
+        unpack(packed)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -935,7 +1132,10 @@ def test_metadata_and_interface(exported, monkeypatch):
     before, after = ({e.key: e.value for e in m.metadata_props} for m in (model, packed))
     layers = json.loads(after.pop("vlprune.layers"))
     assert after == before | {"vlprune.packed": "sparse", "vlprune.values": "fp16", "vlprune.target": "avx2"}
-    assert set(layers) == {node.name for node in packed.graph.node if node.domain == "vlprune"}
+    nodes = [node for node in packed.graph.node if node.domain == "vlprune"]
+    pairs = [layers[node.name]["linears"] for node in nodes if node.op_type == "SparseMlp"]
+    assert len(pairs) == 2  # one per block of the text encoder
+    assert set(layers) == {node.name for node in nodes} | {name for pair in pairs for name in pair}
     assert {entry.domain: entry.version for entry in packed.opset_import} == {"": 18, "vlprune": 1}
     for side in ("input", "output"):
         assert list(getattr(packed.graph, side)) == list(getattr(model.graph, side))
@@ -976,55 +1176,73 @@ def test_wrong_requests_are_refused():
         pack(graph.model("Add_1", opset=11), target="avx2")
 
 
-def spoil(packed, what):
-    node = packed.graph.node[0]
+def spoil(packed, what, layer=0):
+    """Break the one node of a graph; `layer` 1 is the second of a SparseMlp."""
+    node, first, prefix = packed.graph.node[0], 5 * layer, "hidden_" * layer
     tensors = {tensor.name: tensor for tensor in packed.graph.initializer}
     attributes = {attribute.name: attribute for attribute in node.attribute}
     if what in ("values", "indices", "rows", "counts"):
-        name = next(name for name in node.input if name.endswith(what))
+        name = [name for name in node.input if name.endswith(what)][layer]
         tensor = tensors[name]
         array = numpy_helper.to_array(tensor)
         tensor.CopyFrom(numpy_helper.from_array(array[:-1], name))
     elif what == "raw":
-        tensors[node.input[1]].raw_data = b"abc"
+        tensors[node.input[1 + first]].raw_data = b"abc"
     elif what == "constant":
-        packed.graph.initializer.remove(tensors[node.input[2]])
+        packed.graph.initializer.remove(tensors[node.input[2 + first]])
     elif what == "attribute":
-        node.attribute.remove(attributes["panel_rows"])
+        node.attribute.remove(attributes[f"{prefix}panel_rows"])
     elif what == "kind":
-        node.attribute.remove(attributes["panel_rows"])
-        node.attribute.append(helper.make_attribute("panel_rows", "128"))
+        node.attribute.remove(attributes[f"{prefix}panel_rows"])
+        node.attribute.append(helper.make_attribute(f"{prefix}panel_rows", "128"))
     elif what == "no type":
-        attributes["panel_rows"].type = 0
+        attributes[f"{prefix}panel_rows"].type = 0
     elif what == "activation":
         attributes["activation"].s = b"swish"
+    elif what == "kind of activation":
+        node.attribute.remove(attributes["activation"])
+        node.attribute.append(helper.make_attribute("activation", [], attr_type=onnx.AttributeProto.INTS))
     elif what == "operator":
         node.op_type = "Linear"
     elif what == "bias":
-        tensors[node.input[5]].CopyFrom(numpy_helper.from_array(np.ones(3, np.float32), node.input[5]))
+        tensors[node.input[5 + first]].CopyFrom(numpy_helper.from_array(np.ones(3, np.float32), node.input[5 + first]))
+    elif what == "no inputs":
+        del node.input[:]
+    elif what == "few inputs":
+        del node.input[3 + first :]
+    elif what == "outputs":
+        del node.output[:]
+    elif what == "two outputs":
+        node.output.append("more")
     else:
+        entry = next(entry for entry in packed.metadata_props if entry.key == "vlprune.layers")
+        pair = json.loads(entry.value)[node.name] if node.op_type == "SparseMlp" else None
+        name = pair["linears"][layer] if pair else node.name
+        more = {node.name: pair} if pair else {}
         texts = {
             "no json": "{",
             "list": "[]",
             "inner list": '{"a": []}',
-            "no name": json.dumps({node.name: {"weights": [{"rows": N}]}}),
-            "rows": json.dumps({node.name: {"weights": [{"name": "w", "rows": N + 1}]}}),
-            "negative rows": json.dumps({node.name: {"weights": [{"name": "w", "rows": -N}]}}),
+            "no name": json.dumps(more | {name: {"weights": [{"rows": N}]}}),
+            "rows": json.dumps(more | {name: {"weights": [{"name": "w", "rows": N + 1}]}}),
+            "negative rows": json.dumps(more | {name: {"weights": [{"name": "w", "rows": -N}]}}),
             "deep": "[" * 100_000,
         }
-        entry = next(entry for entry in packed.metadata_props if entry.key == "vlprune.layers")
         entry.value = texts[what]
 
 
+@pytest.mark.parametrize("node", ["SparseLinear", "SparseMlp, first", "SparseMlp, second"])
 @pytest.mark.parametrize(
     "what",
     ["values", "indices", "rows", "counts", "raw", "constant", "attribute", "kind", "no type", "activation",
-     "operator", "bias", "no json", "list", "inner list", "no name", "rows", "negative rows", "deep"],
+     "kind of activation", "operator", "bias", "no inputs", "few inputs", "outputs", "two outputs", "no json", "list",
+     "inner list", "no name", "rows", "negative rows", "deep"],
 )  # fmt: skip
-def test_malformed_packed_graphs_are_refused(what):
+def test_malformed_packed_graphs_are_refused(what, node):
     graph = x3()
-    packed, _ = pack(graph.model(graph.linear("x")), target="avx2")
-    spoil(packed, what)
+    packed, _ = pack(graph.model(graph.linear("x") if node == "SparseLinear" else pair(graph)[1]), target="avx2")
+    assert kinds(packed) == [node.split(",")[0]]
+    spoil(packed, what, int("second" in node))
     with pytest.raises(RequestError) as error:
         unpack(packed)
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
