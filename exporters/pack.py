@@ -225,7 +225,10 @@ class _Packer:
     def fuse_mlps(self) -> None:
         """Join each two packed Linears of which only the second reads the first."""
         for first in list(self.graph):
-            if not _is_sparse_linear(first) or self.graph.makers.get(hidden := first.output[0]) is not first:
+            if not _is_sparse_linear(first):
+                continue
+            hidden, makers = first.output[0], self.graph.makers
+            if hidden not in makers or makers[hidden] is not first:
                 continue  # the second of a pair has gone into it already
             second = self.graph.only_reader(hidden)
             if second is None or not _is_sparse_linear(second):

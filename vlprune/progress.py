@@ -1,6 +1,6 @@
 """One progress bar for everything: rate and remaining time on stderr, silent when stderr is no terminal."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -57,7 +57,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     Yields:
         T: the items.
     """
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with task(description, total) as advance:
         for item in iterable:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -344,7 +344,8 @@ class Stages:
         data = self.data(task, "train")
         recipe = self.recipe
         chosen = {"seed": recipe["seed"], **recipe["finetune"]}
-        options = FinetuneOptions(**chosen, batch_size=recipe["batch_size"], device=self.device.type)
+        device: Literal["cpu", "cuda"] = "cuda" if self.device.type == "cuda" else "cpu"
+        options = FinetuneOptions(**chosen, batch_size=recipe["batch_size"], device=device)
         label = f"Fine-tuning {variant.id} {task}"
         finetune(model, task, data, masks, options, state_dir=state, label=label)
         row = self._finetuned_row(variant, model, masks)
@@ -383,7 +384,10 @@ class Stages:
     def _answers(self, task: str) -> list[str] | None:
         """Find the closed list of answers; a source without a train split serves as long as nothing is trained."""
         with suppress(MissingSplitError):
-            return self.data(task, "test").answer_list or self.data(task, "train").answer_list
+            for split in ("test", "train"):
+                data = self.data(task, split)
+                if isinstance(data, VqaData) and data.answer_list:
+                    return data.answer_list
         return None
 
     def score(self, variant: Variant, task: str) -> None:

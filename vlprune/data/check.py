@@ -5,7 +5,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from vlprune.data.images import BrokenImageError, ImageFiles, load_image
 from vlprune.data.sets import CaptionData, VqaData
@@ -13,7 +13,7 @@ from vlprune.errors import RequestError
 from vlprune.progress import track
 
 
-Data = TypeVar("Data", CaptionData, VqaData)
+Data = TypeVar("Data", bound=CaptionData | VqaData)
 
 
 def check_images(data: Data, skip_broken: bool = False) -> Data:
@@ -52,7 +52,7 @@ def check_images(data: Data, skip_broken: bool = False) -> Data:
     if not good:
         raise RequestError(f"{images.source}: all {len(images)} images are broken: correct them")
     reasons = Counter(data.reasons) + Counter({"broken image": len(images) - len(good)})
-    return replace(data.keep(good), reasons=dict(reasons))
+    return cast(Data, replace(data.keep(good), reasons=dict(reasons)))
 
 
 def _why_broken(path: Path) -> str | None:
