@@ -31,8 +31,8 @@ ZEROS = (
 )
 PACKED = (
     "Packed graphs (CPU only) skip the zeros. Their throughput ratio is what that gains in speed, fused attentions "
-    "included (vlprune.SparseLinear, vlprune.Attention); their size, held against the dense file's, is what it gains "
-    "in size."
+    "included (vlprune.SparseLinear, vlprune.SparseMlp, vlprune.Attention); their size, held against the dense file's, "
+    "is what it gains in size."
 )
 INT8 = (
     "The dense graphs in dynamic int8 (by ONNX Runtime, MatMul weights only) are measured beside packed ones; their "

@@ -1,7 +1,8 @@
-"""The operator library for ONNX Runtime's CPU provider: SparseLinear and Attention, compiled from csrc/ by pip install.
+"""The operator library for ONNX Runtime's CPU provider, compiled from csrc/ by pip install.
 
-It is a plain shared library that any program gives to ONNX Runtime (1.17 or newer) by
-`SessionOptions.register_custom_ops_library`; `vlprune.runtime.session` does so by itself.
+It holds SparseLinear, SparseMlp (two of them in one) and Attention, which docs/sparse.md describes. It is a plain
+shared library that any program gives to ONNX Runtime (1.17 or newer) by `SessionOptions.register_custom_ops_library`;
+`vlprune.runtime.session` does so by itself.
 """
 
 import ctypes
