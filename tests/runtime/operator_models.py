@@ -8,8 +8,9 @@ the kernels that shares no line with them.
 
 import ctypes
 import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -21,6 +22,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 Arrays = dict[str, np.ndarray]
 INPUTS = ("x", "values", "indices", "rows", "counts", "bias", "residual")
+MLP_INPUTS = (*INPUTS[:6], *(f"hidden_{name}" for name in INPUTS[1:6]), "residual")
+SIZES_OF_LAYOUT = ("block_columns", "panel_rows", "group_rows")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu")
 
 
@@ -85,6 +88,10 @@ class Linear:
         }
         return arrays | ({"bias": self.bias_values} if self.bias else {})
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        return self.K, self.N
+
     def model(self) -> ModelProto:
         return linear_model(self.arrays(), self.attributes(), self.residual)
 
@@ -100,11 +107,63 @@ class Linear:
         return y if residual is None else y + residual
 
 
+@dataclass
+class Mlp:
+    """A SparseMlp node to test: two layers, the second without activation, the first without residual."""
+
+    first: Linear
+    second: Linear
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        return self.first.K, self.second.N
+
+    @property
+    def residual(self) -> bool:
+        return self.second.residual
+
+    def attributes(self) -> dict[str, Any]:
+        return joined(self.first.attributes(), self.second.attributes())
+
+    def arrays(self) -> Arrays:
+        return self.first.arrays() | {f"hidden_{name}": array for name, array in self.second.arrays().items()}
+
+    def model(self) -> ModelProto:
+        return mlp_model(self.arrays(), self.attributes(), self.residual)
+
+    def expected(self, x: np.ndarray, residual: np.ndarray | None = None) -> np.ndarray:
+        return self.second.expected(self.first.expected(x), residual)
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a SparseMlp from those of its layers."""
+    given = first | {"hidden_features": first["out_features"], "out_features": second["out_features"]}
+    return given | {f"hidden_{name}": second[name] for name in SIZES_OF_LAYOUT}
+
+
+def layer_names(second: bool) -> dict[str, str]:
+    """What a layer's attributes are called in a SparseLinear -> in a SparseMlp."""
+    if second:
+        ends = {"in_features": "hidden_features", "out_features": "out_features"}
+        return ends | {name: f"hidden_{name}" for name in SIZES_OF_LAYOUT}
+    return {"in_features": "in_features", "out_features": "hidden_features"} | {name: name for name in SIZES_OF_LAYOUT}
+
+
 def linear_model(arrays: Arrays, attributes: dict[str, Any], residual: bool = False) -> ModelProto:
-    names = ["x", *(name if name in arrays else "" for name in INPUTS[1:6]), "residual" if residual else ""]
+    return layers_model("SparseLinear", "linear", INPUTS[1:6], arrays, attributes, residual)
+
+
+def mlp_model(arrays: Arrays, attributes: dict[str, Any], residual: bool = False) -> ModelProto:
+    return layers_model("SparseMlp", "mlp", MLP_INPUTS[1:11], arrays, attributes, residual)
+
+
+def layers_model(
+    op: str, name: str, weights: Iterable[str], arrays: Arrays, attributes: dict[str, Any], residual: bool
+) -> ModelProto:
+    names = ["x", *(weight if weight in arrays else "" for weight in weights), "residual" if residual else ""]
     while not names[-1]:
         names.pop()
-    node = helper.make_node("SparseLinear", names, ["y"], name="linear", domain="vlprune", **attributes)
+    node = helper.make_node(op, names, ["y"], name=name, domain="vlprune", **attributes)
     tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)]
     if residual:
@@ -205,17 +264,77 @@ def leading_shapes(few: bool = False) -> list[tuple[int, ...]]:
     return some if few else [*some, *((batch, length) for batch in range(1, 10) for length in (1, 16, 17, 197))]
 
 
-def check_linear(linear: Linear, library: str, threads: int, few: bool) -> None:
-    session = open_model(linear.model(), library, threads)
+def few_tokens() -> list[tuple[int, ...]]:
+    """Every number of tokens around the end of what goes token by token, then tiles full and not."""
+    return [(), *((tokens,) for tokens in range(10)), (3, 0), (2, 3, 5), (16,), (17,), (197,)]
+
+
+def check_layers(layers: Linear | Mlp, library: str, threads: int, leads: Iterable[tuple[int, ...]]) -> None:
+    session = open_model(layers.model(), library, threads)
     rng = np.random.default_rng(1)
-    for lead in leading_shapes(few):
-        feeds = {"x": rng.standard_normal((*lead, linear.K)).astype(np.float32)}
-        if linear.residual:
-            feeds["residual"] = rng.standard_normal((*lead, linear.N)).astype(np.float32)
+    K, N = layers.ends
+    for lead in leads:
+        feeds = {"x": rng.standard_normal((*lead, K)).astype(np.float32)}
+        if layers.residual:
+            feeds["residual"] = rng.standard_normal((*lead, N)).astype(np.float32)
         y = session.run(None, feeds)[0]
         assert y.dtype == np.float32
-        found = difference(y, linear.expected(feeds["x"], feeds.get("residual")))
-        assert found <= 1e-5, f"{linear.attributes()} on {feeds['x'].shape}: {found}"
+        found = difference(y, layers.expected(feeds["x"], feeds.get("residual")))
+        assert found <= 1e-5, f"{layers.attributes()} on {feeds['x'].shape}: {found}"
+
+
+Sizes = tuple[int, int, int]
+MLPS: list[tuple[Sizes, Sizes, Sizes]] = [  # K, hidden, N; then block, panel, group of either layer
+    ((70, 36, 20), (32, 16, 1), (16, 8, 1)),
+    ((1, 1, 1), (1, 1, 1), (1, 1, 1)),
+    ((5, 3, 7), (2, 2, 1), (1, 3, 1)),
+    ((53, 37, 29), (7, 5, 1), (11, 13, 1)),  # the second's block and the first's panel meet nowhere before the end
+    ((64, 100, 30), (33, 37, 1), (41, 30, 1)),
+    ((300, 260, 131), (128, 128, 1), (192, 32, 1)),
+    ((256, 300, 256), (256, 256, 1), (256, 256, 1)),
+    ((40, 36, 12), (64, 12, 4), (32, 5, 1)),
+    ((40, 36, 12), (9, 7, 1), (36, 8, 4)),
+    ((200, 132, 68), (192, 128, 4), (128, 64, 4)),
+]
+# The same for so many tokens that each thread keeps to its own: the hidden features in one piece or in several.
+LARGE_MLPS: list[tuple[Sizes, Sizes, Sizes]] = [
+    ((40, 1500, 30), (32, 32, 1), (64, 16, 1)),  # pieces of 768
+    ((40, 1500, 28), (32, 40, 4), (96, 13, 1)),  # of 480
+    ((20, 1500, 28), (20, 67, 1), (5, 8, 4)),  # of 670
+    ((20, 1500, 28), (7, 128, 4), (192, 128, 4)),  # of 768
+    ((20, 1500, 28), (7, 128, 1), (129, 100, 1)),  # block and panel meet nowhere
+    ((1600, 30, 20), (100, 9, 1), (30, 20, 1)),  # few hidden features
+]
+# So many hidden features that few tokens fill a cache, of which there are not enough to share them out evenly.
+WIDE_MLPS: list[tuple[Sizes, Sizes, Sizes]] = [
+    ((9, 12000, 8), (5, 128, 1), (192, 3, 1)),
+    ((9, 12000, 8), (9, 100, 4), (128, 8, 1)),
+]
+
+
+def mlps(all_sizes: list[tuple[Sizes, Sizes, Sizes]] = MLPS) -> Iterator[Mlp]:
+    """Every size, with fp16 in either, both or no layer, biases and residual here and there."""
+    for number, ((K, hidden, N), first, second) in enumerate(all_sizes):
+        for half in range(4):
+            flags = [bool((number + half) >> bit & 1) for bit in range(3)]
+            options = {"activation": ACTIVATIONS[(number + half) % 5], "bias": not flags[0], "seed": number}
+            layer = Linear(K, hidden, *first, half=bool(half & 1), **options)
+            after = {"bias": not flags[1], "residual": flags[1] != flags[2], "seed": number + 50}
+            yield Mlp(layer, Linear(hidden, N, *second, half=bool(half & 2), **after))
+
+
+def mlps_of_every_kind() -> Iterator[Mlp]:
+    """Every activation with rows alone and in groups, in either layer."""
+    for number, activation in enumerate(ACTIVATIONS * 4):
+        groups = [1 + 3 * (number // 5 & 1), 1 + 3 * (number // 10 & 1)]
+        layer = Linear(70, 36, 32, 16, groups[0], activation=activation, seed=number)
+        residual = bool(number % 2)
+        yield Mlp(layer, Linear(36, 20, 16, 8, groups[1], residual=residual, seed=number + 50))
+
+
+def many_tokens() -> tuple[int]:
+    """So many that they can be shared out evenly among this machine's threads."""
+    return (max(min(128 * (os.cpu_count() or 1), 4096), 512),)
 
 
 ATTENTIONS: list[dict[str, Any]] = [  # batch, heads, tq, tk, d
@@ -271,7 +390,13 @@ def check_attention(library: str, threads: int, B: int, H: int, Tq: int, Tk: int
 
 def check_numbers(library: str) -> None:
     for linear in linears():
-        check_linear(linear, library, threads=2, few=True)
+        check_layers(linear, library, 2, leading_shapes(few=True))
+    for mlp in [*list(mlps())[::3], *mlps_of_every_kind()]:  # a third has every size and every type
+        check_layers(mlp, library, 2, [(), (2,), (3,), (4,), (17,), (70,)])
+    for mlp in list(mlps(LARGE_MLPS))[::3]:
+        check_layers(mlp, library, 2, [many_tokens()])
+    for mlp in list(mlps(WIDE_MLPS))[::3]:
+        check_layers(mlp, library, 2, [(20,), (40,)])
     for sizes in ATTENTIONS:
         check_attention(library, 2, **sizes)
 
@@ -361,31 +486,59 @@ def mutate(rng: np.random.Generator, arrays: Arrays, attributes: dict[str, Any])
             arrays[name] = rng.integers(256, size=array.size).astype(array.dtype)
 
 
-def malformed(rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
-    """Valid weights, changed until they are not."""
+def small_linear(rng: np.random.Generator, K: int, N: int, group: int, **more: Any) -> Linear:
+    panel = group * int(rng.integers(1, 4))
+    seed = int(rng.integers(1 << 30))
+    return Linear(K, N, int(rng.integers(1, 10)), panel, group, bool(rng.random() < 0.3), seed=seed, **more)
+
+
+def malformed_linear(rng: np.random.Generator) -> ModelProto:
+    """A SparseLinear of valid weights, changed until they are not."""
     group = int(rng.choice([1, 4]))
-    K, N, panel = int(rng.integers(1, 24)), group * int(rng.integers(1, 7)), group * int(rng.integers(1, 4))
-    linear = Linear(
-        K, N, int(rng.integers(1, 10)), panel, group, bool(rng.random() < 0.3), seed=int(rng.integers(1 << 30))
-    )
+    linear = small_linear(rng, int(rng.integers(1, 24)), group * int(rng.integers(1, 7)), group)
     arrays, attributes = linear.arrays(), linear.attributes()
     assert is_valid(arrays, attributes)
     while is_valid(arrays, attributes):
         mutate(rng, arrays, attributes)
-    return arrays, attributes
+    return linear_model(arrays, attributes)
+
+
+def layer_of(arrays: Arrays, attributes: dict[str, Any], second: bool) -> tuple[Arrays, dict[str, Any]]:
+    """One layer of a SparseMlp, its parts named as a SparseLinear's."""
+    names = MLP_INPUTS[6:11] if second else MLP_INPUTS[1:6]
+    own = {name.removeprefix("hidden_"): arrays[name] for name in names if name in arrays}
+    return own, {name: attributes[joint] for name, joint in layer_names(second).items()}
+
+
+def malformed_mlp(rng: np.random.Generator) -> ModelProto:
+    """A SparseMlp of two valid layers, of which one is changed until a layer is not."""
+    groups = [int(group) for group in rng.choice([1, 4], 2)]
+    hidden, N = groups[0] * int(rng.integers(1, 7)), groups[1] * int(rng.integers(1, 7))
+    first = small_linear(rng, int(rng.integers(1, 24)), hidden, groups[0], activation=str(rng.choice(ACTIVATIONS)))
+    mlp = Mlp(first, small_linear(rng, hidden, N, groups[1], bias=bool(rng.random() < 0.5)))
+    arrays, attributes = mlp.arrays(), mlp.attributes()
+    second = bool(rng.random() < 0.5)
+    while all(is_valid(*layer_of(arrays, attributes, which)) for which in (False, True)):
+        own, given = layer_of(arrays, attributes, second)
+        mutate(rng, own, given)
+        arrays |= {f"hidden_{name}" if second else name: array for name, array in own.items()}
+        attributes |= {joint: given[name] for name, joint in layer_names(second).items()}
+    return mlp_model(arrays, attributes)
 
 
 def check_malformed(library: str, count: int) -> None:
+    """Every second one is a SparseMlp."""
     rng = np.random.default_rng(7)
     for number in range(count):
-        arrays, attributes = malformed(rng)
+        model = malformed_mlp(rng) if number % 2 else malformed_linear(rng)
+        (node,) = model.graph.node
         try:
-            open_model(linear_model(arrays, attributes), library)
+            open_model(model, library)
         except Exception as error:  # ONNX Runtime's own share no class
             # A wrong type is seen by ONNX Runtime itself, all else by the operator.
-            assert "vlprune.SparseLinear node 'linear'" in str(error) or "Type Error" in str(error), error
+            assert f"vlprune.{node.op_type} node '{node.name}'" in str(error) or "Type Error" in str(error), error
         else:
-            raise AssertionError(f"number {number} was not refused: {attributes} {arrays}")
+            raise AssertionError(f"number {number} was not refused: {model}")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import onnxruntime
 import operator_models as models
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from operator_models import Linear
+from operator_models import Linear, Mlp
 
 from vlprune.errors import MachineError, RequestError
 from vlprune.runtime import operators
@@ -56,7 +57,7 @@ def name_of(linear: Linear) -> str:
 
 @pytest.mark.parametrize("linear", list(models.linears()), ids=name_of)
 def test_sparse_linear(library: str, linear: Linear) -> None:
-    models.check_linear(linear, library, threads=1, few=False)
+    models.check_layers(linear, library, 1, models.leading_shapes())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -68,6 +69,56 @@ def test_sparse_linear_of_a_real_size(library: str, threads: int, half: bool) ->
     for lead in [(1,), (16,), (17,), (197,), (2, 197), (8, 197)]:
         x = rng.standard_normal((*lead, 768)).astype(np.float32)
         assert models.difference(opened.run(None, {"x": x})[0], linear.expected(x)) <= 1e-5
+
+
+def name_of_mlp(mlp: Mlp) -> str:
+    return f"{name_of(mlp.first)}--{name_of(mlp.second)}"
+
+
+@pytest.mark.parametrize("mlp", [*models.mlps(), *models.mlps_of_every_kind()], ids=name_of_mlp)
+def test_sparse_mlp(library: str, mlp: Mlp) -> None:
+    models.check_layers(mlp, library, 1, models.few_tokens())
+    models.check_layers(mlp, library, 2, [(2,), (17,), (2, 40)])
+
+
+@pytest.mark.parametrize("mlp", list(models.mlps(models.LARGE_MLPS)), ids=name_of_mlp)
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_sparse_mlp_of_many_tokens(library: str, threads: int, mlp: Mlp) -> None:
+    (tokens,) = models.many_tokens()
+    models.check_layers(mlp, library, threads, [(tokens,), (3, 131)])
+
+
+@pytest.mark.parametrize("mlp", list(models.mlps(models.WIDE_MLPS)), ids=name_of_mlp)
+def test_sparse_mlp_of_many_features(library: str, mlp: Mlp) -> None:
+    models.check_layers(mlp, library, 2, [(20,), (28,), (40,), (70,)])
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (4, 1), (1, 4), (4, 4)], ids=str)
+def test_sparse_mlp_of_a_real_size(library: str, groups: tuple[int, int]) -> None:
+    """Few tokens go through all threads together, 400 through each thread by themselves."""
+    first = Linear(768, 3072, 192, 128, groups[0], half=groups[0] == 4, kept=0.1, activation="gelu", seed=1)
+    second = Linear(3072, 768, 192, 128, groups[1], half=groups[1] == 1, kept=0.1, residual=True, seed=2)
+    mlp = Mlp(first, second)
+    model, rng = mlp.model(), np.random.default_rng(0)
+    x, residual = (rng.standard_normal((400, 768)).astype(np.float32) for _ in range(2))
+    expected = mlp.expected(x, residual)
+    for threads in (1, 2):
+        opened = models.open_model(model, library, threads)
+        for tokens in (1, 2, 5, 17, 48, 197, 400):
+            y = opened.run(None, {"x": x[:tokens], "residual": residual[:tokens]})[0]
+            assert models.difference(y, expected[:tokens]) <= 1e-5, f"{tokens} tokens, {threads} threads"
+
+
+def test_sparse_mlp_is_its_two_layers(library: str) -> None:
+    """To the last bit, or nearly: the same sums in the same order."""
+    first, second = Linear(300, 260, 128, 64, activation="gelu", seed=1), Linear(260, 131, 64, 32, seed=2)
+    joint = models.open_model(Mlp(first, second).model(), library)
+    parts = [models.open_model(linear.model(), library) for linear in (first, second)]
+    x = np.random.default_rng(0).standard_normal((2000, 300)).astype(np.float32)
+    for tokens in (1, 40, 2000):
+        hidden = parts[0].run(None, {"x": x[:tokens]})[0]
+        apart = parts[1].run(None, {"x": hidden})[0]
+        assert models.difference(joint.run(None, {"x": x[:tokens]})[0], apart.astype(np.float64)) <= 1e-6
 
 
 @pytest.mark.parametrize("sizes", models.ATTENTIONS, ids=str)
@@ -125,6 +176,19 @@ def test_nan_and_infinity_among_the_weights(library: str, half: bool) -> None:
     assert models.difference(opened.run(None, {"x": x})[0], expected + linear.bias_values) <= 1e-5
 
 
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_pass_two_layers(library: str, special: float, rows: int, activation: str) -> None:
+    first, second = Linear(70, 36, 32, 16, activation=activation), Linear(36, 20, 16, 8, 4, seed=1, kept=0.05)
+    opened = models.open_model(Mlp(first, second).model(), library)
+    x = np.random.default_rng(3).standard_normal((rows, 70)).astype(np.float32)
+    x[rows // 2, 5] = special
+    y = opened.run(None, {"x": x})[0]
+    assert models.difference(y, Mlp(first, second).expected(x)) <= 1e-5
+    assert np.isfinite(np.delete(y, rows // 2, 0)).all() and np.isfinite(y[rows // 2]).any()
+
+
 @pytest.mark.parametrize("activation", models.ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 40])
 def test_activations_at_their_ends(library: str, activation: str, rows: int) -> None:
@@ -151,6 +215,16 @@ def test_wrong_width_is_refused_at_run_time(library: str, shape: tuple[int, ...]
     opened = models.open_model(Linear(70, 36, 32).model(), library)
     with pytest.raises(Exception, match=r"node 'linear': x has shape .* must be 70"):
         opened.run(None, {"x": np.zeros(shape, np.float32)})
+
+
+def test_wrong_shapes_of_a_pair_are_refused_at_run_time(library: str) -> None:
+    mlp = Mlp(Linear(70, 36, 32), Linear(36, 20, 32, residual=True))
+    opened = models.open_model(mlp.model(), library)
+    right, wrong = np.zeros((3, 20), np.float32), np.zeros((3, 36), np.float32)
+    with pytest.raises(Exception, match=r"SparseMlp node 'mlp': x has shape \[3, 36\], its last dimension must be 70"):
+        opened.run(None, {"x": wrong, "residual": right})
+    with pytest.raises(Exception, match=r"SparseMlp node 'mlp': residual has shape \[3, 36\], must have \[3, 20\]"):
+        opened.run(None, {"x": np.zeros((3, 70), np.float32), "residual": wrong})
 
 
 @pytest.mark.parametrize("shape", [(36,), (3, 36), (2, 3, 1), (1, 2, 3, 36), (2, 3, 37)])
@@ -193,7 +267,7 @@ def test_shapes_are_known_before_a_run(library: str) -> None:
 
     def inferred(shape: list[str | int | None] | None, inputs: list[str], op: str, **attributes: Any) -> Any:
         values = [helper.make_tensor_value_info(inputs[0], TensorProto.FLOAT, shape)]
-        arrays = linear.arrays() if op == "SparseLinear" else {}
+        arrays = {"SparseLinear": linear, "SparseMlp": mlp}[op].arrays() if op != "Attention" else {}
         values += [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
             for name in inputs[1:]
@@ -208,12 +282,16 @@ def test_shapes_are_known_before_a_run(library: str) -> None:
         return models.open_model(models.model_of(nodes, values, outputs, tensors), library).get_outputs()[0].shape
 
     linear = Linear(70, 36, 32, bias=False)
-    five = list(models.INPUTS[:5])
-    for inputs in (five, [*five, "", "residual"]):
-        assert inferred(["batch", 197, 70], inputs, "SparseLinear", **linear.attributes()) == ["batch", 197, 36]
-        assert inferred(["batch", "t", None], inputs, "SparseLinear", **linear.attributes()) == ["batch", "t", 36]
-        assert inferred([None, 70], inputs, "SparseLinear", **linear.attributes()) == []
-        assert inferred(None, inputs, "SparseLinear", **linear.attributes()) == []
+    mlp = Mlp(Linear(70, 52, 32, bias=False), Linear(52, 36, 32, bias=False))
+    five, ten = list(models.INPUTS[:5]), list(models.MLP_INPUTS[:10])
+    ten[5] = ""
+    cases: list[tuple[str, Linear | Mlp, list[str]]] = [("SparseLinear", linear, five), ("SparseMlp", mlp, ten)]
+    for op, layers, least in cases:
+        for inputs in (least, [*least, "", "residual"]):
+            assert inferred(["batch", 197, 70], inputs, op, **layers.attributes()) == ["batch", 197, 36]
+            assert inferred(["batch", "t", None], inputs, op, **layers.attributes()) == ["batch", "t", 36]
+            assert inferred([None, 70], inputs, op, **layers.attributes()) == []
+            assert inferred(None, inputs, op, **layers.attributes()) == []
     heads = {"num_heads": 2, "scale": 1.0}
     assert inferred(["b", "t", 8], ["q", "k", "v"], "Attention", **heads) == ["b", "t", 8]
     assert inferred(["b", "t", 24], ["q"], "Attention", **heads) == ["b", "t", 8]
@@ -241,12 +319,20 @@ def test_valid_weights_are_not_refused(library: str) -> None:
         )
         assert models.is_valid(linear.arrays(), linear.attributes())
         models.open_model(linear.model(), library)
+        group = int(rng.choice([1, 4]))
+        sizes = [linear.N, group * int(rng.integers(1, 9)), int(rng.integers(1, 257)), group * int(rng.integers(1, 64))]
+        mlp = Mlp(linear, Linear(*sizes, group, half=bool(rng.random() < 0.5), kept=float(rng.random())))
+        models.open_model(mlp.model(), library)
 
 
 @pytest.mark.parametrize("name", ["values", "indices", "rows", "counts", "bias"])
 @pytest.mark.parametrize("how", ["input", "default of an input", "computed"])
-def test_weights_must_be_constant(library: str, name: str, how: str) -> None:
-    linear = Linear(70, 36, 32)
+@pytest.mark.parametrize("layer", ["only", "first", "second"])
+def test_weights_must_be_constant(library: str, name: str, how: str, layer: str) -> None:
+    linear: Linear | Mlp = Linear(70, 36, 32)
+    if layer != "only":
+        linear = Mlp(Linear(70, 36, 32), Linear(36, 20, 32))
+    name = f"hidden_{name}" if layer == "second" else name
     model, array = linear.model(), linear.arrays()[name]
     kind, graph = helper.np_dtype_to_tensor_dtype(array.dtype), model.graph
     if how == "default of an input":
@@ -259,7 +345,8 @@ def test_weights_must_be_constant(library: str, name: str, how: str) -> None:
         graph.input.append(helper.make_tensor_value_info(source, kind, array.shape))
         if how == "computed":
             graph.node.insert(0, helper.make_node("Identity", [source], [name]))
-    with pytest.raises(Exception, match=f"node 'linear': input {name} must be a constant of the graph"):
+    said = f"node '{graph.node[-1].name}': input {name} must be a constant of the graph"
+    with pytest.raises(Exception, match=said):
         models.open_model(model, library)
 
 
@@ -270,6 +357,43 @@ def test_weights_must_be_there(library: str, name: str) -> None:
     del arrays[name]
     with pytest.raises(Exception, match="linear"):
         models.open_model(models.linear_model(arrays, linear.attributes()), library)
+
+
+@pytest.mark.parametrize("name", [name for name in models.MLP_INPUTS[1:11] if "bias" not in name])
+def test_weights_of_both_layers_must_be_there(library: str, name: str) -> None:
+    mlp = Mlp(Linear(70, 36, 32), Linear(36, 20, 32))
+    arrays = mlp.arrays()
+    del arrays[name]
+    with pytest.raises(Exception, match="mlp"):
+        models.open_model(models.mlp_model(arrays, mlp.attributes()), library)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_messages_tell_the_layers_apart(library: str, second: bool) -> None:
+    mlp, prefix = Mlp(Linear(70, 36, 32), Linear(36, 20, 32)), "hidden_" if second else ""
+
+    def refused(name: str, change: Callable[[np.ndarray], np.ndarray], words: str) -> None:
+        arrays = mlp.arrays()
+        arrays[prefix + name] = change(arrays[prefix + name].copy())
+        with pytest.raises(Exception, match=f"node 'mlp': {words}"):
+            models.open_model(models.mlp_model(arrays, mlp.attributes()), library)
+
+    refused("rows", lambda rows: rows[::-1], f"{prefix}rows of panel 0, block 0 are not sorted")
+    refused("counts", lambda counts: counts + counts.dtype.type(99), f"{prefix}counts: [0-9]+ in block 0, which has 32")
+    refused("indices", lambda indices: indices * 0, f"{prefix}indices of panel 0, block 0 do not ascend")
+    refused("values", lambda values: values[1:], f"input {prefix}values has [0-9]+ elements")
+    refused("bias", lambda bias: bias[:3], f"input {prefix}bias has 3 elements, must have {20 if second else 36}")
+    refused("counts", lambda counts: counts[None], f"input {prefix}counts has shape")
+
+
+@pytest.mark.parametrize("name", list(Mlp(Linear(1, 1, 1), Linear(1, 1, 1)).attributes()))
+def test_attributes_of_both_layers_must_be_there(library: str, name: str) -> None:
+    mlp = Mlp(Linear(70, 36, 32), Linear(36, 20, 32))
+    attributes = mlp.attributes()
+    del attributes[name]
+    for wrong in (attributes, attributes | {name: 1.5}):
+        with pytest.raises(Exception, match=f"vlprune.SparseMlp node 'mlp': attribute {name}"):
+            models.open_model(models.mlp_model(mlp.arrays(), wrong), library)
 
 
 @pytest.mark.parametrize("name", list(Linear(1, 1, 1).attributes()))
@@ -308,7 +432,7 @@ def test_malformed_attention_is_refused(
 # --- where the weights lie, who runs them -----------------------------------------------------------------------------
 
 
-def unaligned(linear: Linear, folder: Path) -> str:
+def unaligned(linear: Linear | Mlp, folder: Path) -> str:
     """Write a model whose weights lie in another file, each at an odd place."""
     model = linear.model()
     data = bytearray(4097)
@@ -322,7 +446,7 @@ def unaligned(linear: Linear, folder: Path) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "weights.bin").write_bytes(data)
     del model.graph.input[0].type.tensor_type.shape.dim[:]
-    for size in ("batch", linear.K):
+    for size in ("batch", linear.ends[0]):
         dim = model.graph.input[0].type.tensor_type.shape.dim.add()
         if isinstance(size, str):
             dim.dim_param = size
@@ -333,8 +457,11 @@ def unaligned(linear: Linear, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
-def test_weights_may_lie_anywhere(library: str, tmp_path: Path, half: bool) -> None:
-    linear = Linear(300, 131, 128, 32, half=half)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_weights_may_lie_anywhere(library: str, tmp_path: Path, half: bool, layers: int) -> None:
+    linear: Linear | Mlp = Linear(300, 131, 128, 32, half=half)
+    if layers == 2:
+        linear = Mlp(Linear(300, 131, 128, 32, half=half), Linear(131, 52, 32, 12, 4, half=not half))
     opened = models.open_model(unaligned(linear, tmp_path), library)
     x = np.random.default_rng(0).standard_normal((40, 300)).astype(np.float32)
     for rows in (1, 40):
@@ -365,6 +492,8 @@ def test_eight_sessions_in_eight_threads(library: str) -> None:
     ]
     expected = [linear.expected(x) for linear in linears]
     shared = models.open_model(linears[0].model(), library, threads=2)
+    mlp = Mlp(linears[0], Linear(132, 60, 32, 16, 4, seed=9))
+    pair, expected_pair = models.open_model(mlp.model(), library, threads=2), mlp.expected(x)
 
     def work(number: int) -> float:
         options = onnxruntime.SessionOptions()
@@ -378,6 +507,7 @@ def test_eight_sessions_in_eight_threads(library: str) -> None:
             part = x[:, :rows]
             worst = max(worst, models.difference(own.run(None, {"x": part})[0], expected[number][:, :rows]))
             worst = max(worst, models.difference(shared.run(None, {"x": part})[0], expected[0][:, :rows]))
+            worst = max(worst, models.difference(pair.run(None, {"x": part})[0], expected_pair[:, :rows]))
         return worst
 
     with ThreadPoolExecutor(8) as pool:
@@ -592,6 +722,8 @@ def test_clean_under_sanitizers(tmp_path: Path) -> None:
         for half in (False, True):
             model = unaligned(Linear(300, 131, 128, 32, half=half), tmp_path / f"half-{half}")
             run_program(library, "run", model, VLPRUNE_ISA="portable", **environment)
+            mlp = Mlp(Linear(300, 131, 128, 32, half=half), Linear(131, 52, 32, 12, 4, half=not half))
+            run_program(library, "run", unaligned(mlp, tmp_path / f"pair-{half}"), **environment)
     assert run_program(library, "malformed", "1000", **environment).stdout.startswith("done")
 
 

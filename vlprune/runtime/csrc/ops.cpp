@@ -308,8 +308,8 @@ class Run {
 
 // --- sparse layers ---------------------------------------------------------------------------------------------------
 
-// The weights of one layer: five inputs from `first` on (values, indices, rows, counts, bias), three attributes whose
-// names begin with `prefix`.
+// The weights of one layer: five inputs from `first` on (values, indices, rows, counts, bias) and three attributes. What
+// their names begin with, `prefix`, tells the layers of a node apart, in messages too.
 class Weights : public SparseWeights {
  public:
   enum Input : size_t { kValues, kIndices, kRows, kCounts, kBias, kInputs };
@@ -338,10 +338,18 @@ class Weights : public SparseWeights {
       refuse(kInvalidGraph, "%s %d and the %lld features must be multiples of %s %d", names[1].c_str(), panel,
              static_cast<long long>(N), names[2].c_str(), group);
 
-    const Tensor values = node.constant(first + kValues, "values", kFloat, kFloat16);
-    const Tensor indices = node.constant(first + kIndices, "indices", kUint8);
-    const Tensor rows = node.constant(first + kRows, "rows", kUint8);
-    const Tensor counts = node.constant(first + kCounts, "counts", kUint16);
+    const auto constant = [&](Input input, const char* name, int type, int other_type = kAny) {
+      return node.constant(first + input, (prefix + name).c_str(), type, other_type);
+    };
+    const auto length = [&](const Tensor& tensor, const char* name, int64_t wanted) {
+      if (tensor.shape.dims[0] != wanted)
+        refuse(kInvalidGraph, "input %s%s has %lld elements, must have %lld", prefix.c_str(), name,
+               static_cast<long long>(tensor.shape.dims[0]), static_cast<long long>(wanted));
+    };
+    const Tensor values = constant(kValues, "values", kFloat, kFloat16);
+    const Tensor indices = constant(kIndices, "indices", kUint8);
+    const Tensor rows = constant(kRows, "rows", kUint8);
+    const Tensor counts = constant(kCounts, "counts", kUint16);
     this->values = values.data;
     half = values.type == kFloat16;
     this->indices = static_cast<const uint8_t*>(indices.data);
@@ -354,11 +362,15 @@ class Weights : public SparseWeights {
     length(counts, "counts", entries);
     length(values, "values", times(indices.shape.dims[0], group));
     if (node.has(first + kBias)) {
-      const Tensor bias = node.constant(first + kBias, "bias", kFloat);
+      const Tensor bias = constant(kBias, "bias", kFloat);
       length(bias, "bias", N);
       this->bias = bias.floats();
     }
-    check_layout(blocks, indices.shape.dims[0]);
+    try {
+      check_layout(blocks, indices.shape.dims[0]);
+    } catch (const Refusal& refusal) {
+      throw Refusal{refusal.code, prefix + refusal.text};  // begins with the name of an input
+    }
     offsets = offsets_.data();
   }
 
@@ -366,12 +378,6 @@ class Weights : public SparseWeights {
   Weights& operator=(const Weights&) = delete;
 
  private:
-  static void length(const Tensor& tensor, const char* name, int64_t wanted) {
-    if (tensor.shape.dims[0] != wanted)
-      refuse(kInvalidGraph, "input %s has %lld elements, must have %lld", name,
-             static_cast<long long>(tensor.shape.dims[0]), static_cast<long long>(wanted));
-  }
-
   // Walks through the weights as the kernels do. The arrays are as long as the attributes say, so every loop ends with
   // them; `nonzeros` columns must last exactly to the end.
   void check_layout(int64_t blocks, int64_t nonzeros) {
@@ -518,6 +524,8 @@ class SparseMlp {
   void compute(Run& run) const {
     run_layers(run, first_.K, second_.N, kResidual, residual_,
                [&](const float* x, int64_t tokens, const float* residual, float* y) {
+                 // No tensor is as large as what lies between: nothing else has told that its size is a number.
+                 times(times(tokens + 63, first_.K + first_.N), sizeof(float));
                  sparse_mlp(first_, second_, x, tokens, residual, y, Run::parallel, &run);
                });
   }
