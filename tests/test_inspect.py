@@ -21,6 +21,7 @@ from vlprune.models.family import Source
 from vlprune.models.processor import Processor, word_tokenizer
 from vlprune.pruning import Pruned, save_masks, save_statistics, tensorfile
 from vlprune.pruning.masks import KIND
+from vlprune.runtime import operators
 
 
 MASK_METADATA = {"method": "multiflow", "ratio": 0.75, "pattern": "unstructured", "seed": 3, "model": "abc"}
@@ -215,6 +216,18 @@ def test_onnx_counts_branches_functions_and_foreign_operators(tmp_path: Path) ->
         ("outer", "vlprune::SparseLinear"),
         ("inner", "MatMul"),
     }
+
+
+def test_packed_graphs_tell_whether_they_can_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx.save(graph_of({"w": half()}), tmp_path / "plain.onnx")
+    assert "operator_library" not in inspect(tmp_path / "plain.onnx")
+    nodes = [helper.make_node("SparseLinear", ["x", "w"], ["y"], domain="vlprune")]
+    onnx.save(graph_of({"w": half()}, nodes), tmp_path / "packed.onnx")
+    if operators.available():
+        assert inspect(tmp_path / "packed.onnx")["operator_library"] == f"{operators.isa()} ({operators.library()})"
+    monkeypatch.setattr(operators, "_SUFFIX", ".missing")
+    found = inspect(tmp_path / "packed.onnx")["operator_library"]
+    assert found.startswith("none: the operators for packed graphs were not built: install a C++ compiler")
 
 
 def test_onnx_with_external_data(tmp_path: Path) -> None:

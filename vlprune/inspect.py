@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlprune.errors import RequestError
+from vlprune.errors import MachineError, RequestError
 from vlprune.files import read_json
+from vlprune.runtime.operators import DOMAIN, isa, library
 
 
 if TYPE_CHECKING:
@@ -260,6 +261,7 @@ def _onnx(path: Path) -> dict[str, Any]:
                 "sparsity": None if values is None else _fraction(zero, size),
             }
         )
+    packs = any(name.startswith(f"{DOMAIN}::") for name in operators)
     return {
         "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         "ir_version": model.ir_version,
@@ -268,6 +270,7 @@ def _onnx(path: Path) -> dict[str, Any]:
         "inputs": {_plain(value.name): _value_type(value) for value in model.graph.input},
         "outputs": {_plain(value.name): _value_type(value) for value in model.graph.output},
         "operators": dict(operators.most_common()),
+        **({"operator_library": _operator_library()} if packs else {}),
         "initializers": dict(types),
         "sparse_initializers": len(model.graph.sparse_initializer),
         "parameters": everything["parameters"],
@@ -302,10 +305,16 @@ def _graphs(model: ModelProto) -> Iterator[Any]:
             waiting += attribute.graphs
 
 
+def _operator_library() -> str:
+    """Tell whether graphs with operators of vlprune's own can run here."""
+    try:
+        return f"{isa()} ({library()})"
+    except MachineError as error:
+        return f"none: {error}"
+
+
 def _packed_weights(graphs: Iterable[Any]) -> dict[str, tuple[str, list[int]]]:
     """Initializers of packed weights: the weight's name and shape for its values, no name for the rest of it."""
-    from vlprune.runtime.operators import DOMAIN
-
     found: dict[str, tuple[str, list[int]]] = {}
     for node in (node for graph in graphs for node in graph.node):
         if node.domain != DOMAIN or node.op_type not in ("SparseLinear", "SparseMlp"):
