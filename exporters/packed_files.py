@@ -20,7 +20,7 @@ from vlprune.runtime.session import OnnxGraph, session
 
 PACKED, UNPACKED = "packed", "unpacked"  # folders of a run, inside and beside each other
 SUMMARY = "packing.json"  # what became of each Linear
-TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3}  # largest difference allowed, as in `exporters.export`; fp16 rounds weights
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3}  # largest difference allowed, as in `exporters.export`; fp16 rounds weights
 
 
 def pack_task(
