@@ -1,6 +1,6 @@
 """Models of one sparse operator, what they should compute, and ways to break them; also a program for subprocesses:
 
-    python operator_models.py LIBRARY numbers | malformed COUNT | run MODEL
+    python operator_models.py LIBRARY numbers MODEL... | malformed COUNT
 
 The layout of the weights is written and read here once more, plainly, row by row: a check of exporters/layout.py and of
 the kernels that shares no line with them.
@@ -199,7 +199,7 @@ def attention_expected(
 
 
 @cache
-def options(library: str, threads: int = 1) -> onnxruntime.SessionOptions:
+def options(library: str, threads: int = 1, optimise: bool = True) -> onnxruntime.SessionOptions:
     made = onnxruntime.SessionOptions()
     made.register_custom_ops_library(library)
     made.intra_op_num_threads = threads
@@ -207,12 +207,16 @@ def options(library: str, threads: int = 1) -> onnxruntime.SessionOptions:
     made.add_session_config_entry("session.force_spinning_stop", "1")
     # Every tensor in memory of its own, so that AddressSanitizer sees its ends.
     made.enable_cpu_mem_arena = made.enable_mem_pattern = False
+    if not optimise:
+        made.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return made
 
 
-def open_model(model: ModelProto | str, library: str, threads: int = 1) -> onnxruntime.InferenceSession:
+def open_model(
+    model: ModelProto | str, library: str, threads: int = 1, optimise: bool = True
+) -> onnxruntime.InferenceSession:
     source = model if isinstance(model, str) else model.SerializeToString()
-    return onnxruntime.InferenceSession(source, options(library, threads), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(source, options(library, threads, optimise), providers=["CPUExecutionProvider"])
 
 
 def difference(y: np.ndarray, expected: np.ndarray) -> float:
@@ -533,7 +537,7 @@ def check_malformed(library: str, count: int) -> None:
         model = malformed_mlp(rng) if number % 2 else malformed_linear(rng)
         (node,) = model.graph.node
         try:
-            open_model(model, library)
+            open_model(model, library, optimise=False)  # saves time: there is one node
         except Exception as error:  # ONNX Runtime's own share no class
             # A wrong type is seen by ONNX Runtime itself, all else by the operator.
             assert f"vlprune.{node.op_type} node '{node.name}'" in str(error) or "Type Error" in str(error), error
@@ -547,8 +551,8 @@ def main() -> None:
         check_numbers(library)
     if what == "malformed":
         check_malformed(library, int(sys.argv[3]))
-    if what == "run":
-        session = open_model(sys.argv[3], library)
+    for model in sys.argv[3:] if what == "numbers" else []:
+        session = open_model(model, library)
         shapes = {value.name: [2 if isinstance(n, str) else n for n in value.shape] for value in session.get_inputs()}
         session.run(None, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
     function = ctypes.CDLL(library).vlprune_ops_isa
