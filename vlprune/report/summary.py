@@ -35,8 +35,8 @@ PACKED = (
     "is what it gains in size."
 )
 INT8 = (
-    "The dense graphs in dynamic int8 (by ONNX Runtime, MatMul weights only) are measured beside packed ones; their "
-    "files are not kept."
+    "The dense graphs in dynamic int8 (by ONNX Runtime, weights of MatMul and Gemm) are measured beside packed ones; "
+    "their files are not kept. Both are timed in turn with dense fp32: compare the ratios rather than the times."
 )
 RANDOM = "The weights are random: sizes and times mean something, accuracy does not, so none is shown."
 
