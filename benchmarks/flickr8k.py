@@ -29,6 +29,7 @@ from vlprune import pipeline
 from vlprune.data import CaptionData, open_data
 from vlprune.errors import VlpruneError
 from vlprune.files import atomic_path, read_json, write_json
+from vlprune.models import load
 from vlprune.models.blip import Blip, new
 from vlprune.models.family import Source
 from vlprune.models.processor import Processor, wordpiece_tokenizer
@@ -59,7 +60,7 @@ class Round:
         batch: images per step.
         lr: peak learning rate.
         schedule: steps of the learning-rate schedule, of which the round takes the first; None = all.
-        strong: against overfitting: `augmented` images, more dropout and weight decay, less caption loss, no matching.
+        strong: against overfitting: `augmented` images, more weight decay, less caption loss, no matching.
         hidden_words: share of the words hidden from the text encoder.
         average: decay of the moving average of the weights that the round ends with; 0 = none.
         all_images: the images kept aside take part, too.
@@ -107,6 +108,8 @@ class Sizes:
         Round(2600, 96, 1e-3, strong=False),
         Round(400, 256, 9e-4, schedule=800, average=0.998),
         Round(450, 256, 8e-4, hidden_words=0.3, average=0.996, all_images=True),
+        Round(450, 256, 8e-4, hidden_words=0.3, average=0.996, all_images=True),
+        Round(80, 256, 3e-4, strong=False, hidden_words=0.3, average=0.97, all_images=True),
     )
     held_out: int = 500
     ratios: tuple[float, ...] = (0.63, 0.75, 0.9)
@@ -248,31 +251,33 @@ def set_dropout(model: Blip, share: float) -> None:
 def pretrained(folder: Path, data: CaptionData, sizes: Sizes, seed: int) -> None:
     """Pretrain from scratch and save; the last images of the train split are kept aside to watch the training.
 
-    `snapshot` beside the folder is the model of a few minutes ago, should the machine die.
+    Every round ends with a folder of its own beside `folder`: a killed run takes up at the round it was in.
     """
     n = len(data.captions) - sizes.held_out
     train, held_out = brief(data.keep(range(n))), data.keep(range(n, len(data.captions)))
-    model = fresh(sizes, train, seed)
+    done = max((k for k in range(1, len(sizes.rounds) + 1) if folder.with_name(f"round-{k}").is_dir()), default=0)
+    last = folder.with_name(f"round-{done}")
+    model: Blip = load(str(last)) if done else fresh(sizes, train, seed)  # type: ignore[assignment]
+    record = read_json(last / "pretraining.json") if done else {"seconds": 0, "recalls": []}
+    record |= {"images": len(data.captions), "held_out": sizes.held_out}
     watched = resized(model, held_out.images, len(held_out.captions))
-    start, lines, recalls = time.time(), 0, []
+    lines = 0
 
     def watch() -> None:
         i2t, t2i = contrastive_recall(model, watched, held_out.captions)
-        recalls.append({"i2t_r10": i2t, "t2i_r10": t2i})
+        record["recalls"].append({"i2t_r10": i2t, "t2i_r10": t2i})
         print(f"          held out, {len(watched)} images: R@10 {points(i2t)} / {points(t2i)}", flush=True)
 
     def log(line: str) -> None:
         nonlocal lines
         lines += 1
-        print(f"{time.time() - start:6.0f} s  {line}", flush=True)
+        print(line, flush=True)
         if lines % 5 == 0:
             watch()
-            with atomic_path(folder.with_name("snapshot")) as temporary:
-                temporary.mkdir()
-                model.save(temporary)
 
-    for number, turn in enumerate(sizes.rounds):
-        if turn.strong:
+    for number, turn in enumerate(sizes.rounds[done:], done + 1):
+        start = time.time()
+        if number > 1:
             set_dropout(model, 0.2)
         pretrain(
             model,
@@ -281,7 +286,7 @@ def pretrained(folder: Path, data: CaptionData, sizes: Sizes, seed: int) -> None
             stop=turn.steps,
             batch_size=turn.batch,
             lr=turn.lr,
-            seed=seed + min(number, 1),
+            seed=seed + number - 1,
             augment=augmented if turn.strong else crop_and_flip,
             itm_from=1.0 if turn.strong else 0.75,
             lm_weight=0.5 if turn.strong else 1.0,
@@ -291,17 +296,14 @@ def pretrained(folder: Path, data: CaptionData, sizes: Sizes, seed: int) -> None
             log=log,
             every=min(50, max(1, turn.steps // 5)),
         )
-    watch()
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        model.save(temporary)
-        record = {
-            "seconds": round(time.time() - start),
-            "images": len(data.captions),
-            "held_out": len(watched),
-            "recalls": recalls,
-        }
-        write_json(temporary / "pretraining.json", record)
+        watch()
+        record["seconds"] = round(record["seconds"] + time.time() - start)
+        last = folder.with_name(f"round-{number}")
+        with atomic_path(last) as temporary:
+            temporary.mkdir()
+            model.save(temporary)
+            write_json(temporary / "pretraining.json", record)
+    shutil.copytree(last, folder)
 
 
 # --- the matrix -------------------------------------------------------------------------------------------------------

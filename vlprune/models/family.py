@@ -58,6 +58,58 @@ class Source:
     random_weights: bool = False
 
 
+@dataclass(frozen=True)
+class Group:
+    """The units of one attention or one feed-forward network: what structured pruning removes whole.
+
+    A unit of an attention is one dimension of one head, [H, K] of them; of a feed-forward network one hidden neuron,
+    [N] of them. Unit u of a network stands in row u of the `inner` Linears (behind an offset where query, key and value
+    are one matrix) and in column u of the `outer` ones. Modules that share their weights (BLIP's encoder and decoder)
+    are one group.
+
+    Attributes:
+        name: module path of the first use: "vision_model.encoder.layers.0.self_attn", "...layers.0.mlp".
+        names: paths of all uses, `name` first.
+        kind: "attention" or "ffn".
+        modality: "vision" or "text".
+        tower: name of the `Tower` of the first use.
+        layer: index in that tower.
+        modules: per use, the module whose `set_units(shape)` tells its forward pass how many units are left.
+        inner: Linears of all uses whose rows are units, each with the row where the units begin as a multiple of their
+            number: (qkv, 0), (qkv, 1), (qkv, 2), or (query, 0), (key, 0), (value, 0), or (fc1, 0).
+        outer: Linears of all uses whose columns are units: the projection, or fc2.
+        shape: (H, K) or (N,), as the Linears are now.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    kind: Literal["attention", "ffn"]
+    modality: Literal["vision", "text"]
+    tower: str
+    layer: int
+    modules: tuple[nn.Module, ...]
+    inner: tuple[tuple[nn.Linear, int], ...]
+    outer: tuple[nn.Linear, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of layers that can be made shallower.
+
+    Attributes:
+        name: "vision", "text", "decoder"; towers that share weights layer by layer are one.
+        modality: "vision" or "text".
+        stacks: paths of the `nn.ModuleList`s, one per use.
+        depth: layers as of now, L.
+    """
+
+    name: str
+    modality: Literal["vision", "text"]
+    stacks: tuple[str, ...]
+    depth: int
+
+
 def fingerprint(layers: list[PrunableLayer]) -> str:
     """Hash the prunable weights, so that masks are never applied to another model.
 
