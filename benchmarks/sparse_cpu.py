@@ -28,7 +28,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -434,7 +434,7 @@ class Bench:
             for values in VALUES:
                 target = INT8_SPEED if values == "fp32" else None
                 named = {"mask": "90", "values": values, "batch": batch}
-                measure = lambda values=values, measure=against_packed: measure(values)  # noqa: E731
+                measure = partial(against_packed, values)
                 self._judged(case("int8", f"90 {values}", batch), named, measure, "ratio", target)
 
     def deepsparse(self) -> None:
@@ -815,23 +815,19 @@ def fused_note(rows: Rows, part: str) -> str:
 
 def image_text(rows: Rows) -> list[str]:
     """Write the part about the image encoder."""
-    label = lambda row: f"{TITLES[row['mask']]}, batch {row['batch']}"  # noqa: E731
-    return ["## Image encoder", speed_table(rows, "image", "zeros", label), fused_note(rows, "image")] + [
-        file_table(rows, "image")
-    ]
+    body = speed_table(rows, "image", "zeros", lambda row: f"{TITLES[row['mask']]}, batch {row['batch']}")
+    return ["## Image encoder", body, fused_note(rows, "image"), file_table(rows, "image")]
 
 
 def text_text(rows: Rows) -> list[str]:
     """Write the part about the text encoder."""
-    label = lambda row: str(row["length"])  # noqa: E731
-    body = speed_table(rows, "text", "tokens", label)
+    body = speed_table(rows, "text", "tokens", lambda row: str(row["length"]))
     return ["## Text encoder, 90 %, batch 1", body, fused_note(rows, "text"), file_table(rows, "text")]
 
 
 def decoder_text(rows: Rows) -> list[str]:
     """Write the part about the decoder."""
-    label = lambda row: str(row["batch"])  # noqa: E731
-    body = speed_table(rows, "decoder", "rows (beams)", label)
+    body = speed_table(rows, "decoder", "rows (beams)", lambda row: str(row["batch"]))
     past = next((row["length"] for name, row in rows.items() if name.startswith("decoder/") and "length" in row), 0)
     about = f"One new token per row after {past} cached ones."
     return [
@@ -849,17 +845,16 @@ def int8_text(rows: Rows) -> list[str]:
         'The dense graph quantised by `onnxruntime.quantization.quantize_dynamic(op_types_to_quantize=["MatMul"], '
         "per_channel=True, weight_type=QInt8)`."
     )
-    label = lambda row: str(row["batch"])  # noqa: E731
+    body = speed_table(rows, "int8", "batch", lambda row: str(row["batch"]))
     against = [
         f"batch {name.rpartition(' ')[2]}: {ratio(row)}" for name, row in rows.items() if name.startswith("int8/dense ")
     ]
     note = f"Int8 itself against the dense graph: {'; '.join(against)}." if against else ""
-    return ["## Dynamic int8 against packed, 90 %", about, speed_table(rows, "int8", "batch", label), note]
+    return ["## Dynamic int8 against packed, 90 %", about, body, note]
 
 
 def deepsparse_text(rows: Rows) -> list[str]:
     """Write the part about DeepSparse."""
-    label = lambda row: str(row["batch"])  # noqa: E731
     about = (
         f"DeepSparse {DEEPSPARSE} in a process of its own, on the same zeros (opset 12, one image), timed around a "
         "request through a pipe."
@@ -870,7 +865,7 @@ def deepsparse_text(rows: Rows) -> list[str]:
         for name, row in rows.items()
         if name.startswith("deepsparse/") and "request_ms" in row
     ]
-    body = speed_table(rows, "deepsparse", "batch", label)
+    body = speed_table(rows, "deepsparse", "batch", lambda row: str(row["batch"]))
     return ["## DeepSparse against packed, 90 %", about, body, *more]
 
 
@@ -898,8 +893,8 @@ def memory_text(rows: Rows) -> list[str]:
 
 def threads_text(rows: Rows) -> list[str]:
     """Write the part about numbers of threads."""
-    label = lambda row: f"{row['threads']} threads, batch {row['batch']}"  # noqa: E731
-    return ["## Threads, image encoder, 90 %", speed_table(rows, "threads", "", label)]
+    body = speed_table(rows, "threads", "", lambda row: f"{row['threads']} threads, batch {row['batch']}")
+    return ["## Threads, image encoder, 90 %", body]
 
 
 def kernel_text(rows: Rows) -> list[str]:

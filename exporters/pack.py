@@ -64,7 +64,7 @@ def pack(
     Raises:
         RequestError: an option is unknown, or the graph is packed already or of an unsuitable opset.
         MachineError: target "auto", and the operator library is not there to tell.
-    """  # noqa: DOC502
+    """
     if values not in VALUES:
         raise RequestError(f"values {values!r} are unknown: fp32 or fp16")
     target = resolve_target(target)

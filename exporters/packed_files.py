@@ -56,7 +56,7 @@ def pack_task(
     Raises:
         RequestError: a plain graph is missing or broken.
         MachineError: the operators are missing, or a graph differs from PyTorch.
-    """  # noqa: DOC502
+    """
     spec = read_json(plain / "task.json")
     graphs = import_module(f"vlprune.exporters.{model.family}").graphs(model, spec["task"])
     rows, packed, summary = [], {}, {}

@@ -21,7 +21,7 @@ def quantize_task(plain: Path, folder: Path) -> None:
 
     Raises:
         RequestError: a plain graph is broken, or ONNX Runtime cannot quantise it.
-    """  # noqa: DOC502
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     options = {"op_types_to_quantize": ["MatMul"], "per_channel": True, "weight_type": QuantType.QInt8}

@@ -45,7 +45,7 @@ def prune_layers(
 
     Raises:
         RequestError: a wrong option, a layer that cannot be pruned, NaN or infinity.
-    """  # noqa: DOC502 - raised by the checks of prune_layers_at
+    """
     return next(prune_layers_at(layers, method, None if ratio is None else [ratio], pattern, seed))[1]
 
 

@@ -61,7 +61,7 @@ def compare(
     Raises:
         RequestError: a file is missing or broken, or has an input no task knows.
         MachineError: the provider cannot be used here.
-    """  # noqa: DOC502
+    """
     opened = [session(path, provider, threads) for path in (dense, compressed)]
     with refusals(f"{compressed} cannot be timed against {dense}"):
         runs = [_runner(graph, feeds_for(graph, spec, batch, seed=seed), provider) for graph in opened]
