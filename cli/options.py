@@ -437,7 +437,7 @@ PackThreshold = Annotated[
         min=0,
         max=1,
         metavar="SHARE",
-        help="Pack layers with at least this share of zeros; by default those that pay on the target.",
+        help="Pack layers with at least this share of zeros; by default an estimate of what pays on the target.",
     ),
 ]
 Unpack = Annotated[

@@ -1,4 +1,4 @@
-"""Rewrite a plain ONNX graph so that it runs in time proportional to the weights that are left, and back.
+"""Rewrite a plain ONNX graph so that it stores and multiplies only the weights that are left, and back.
 
 `pack` replaces each Linear that is sparse enough by one vlprune.SparseLinear, which takes the bias, the activation and
 the residual with it, and each attention by one vlprune.Attention; everything else stays as it is. Linears that give
