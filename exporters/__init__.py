@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlprune.exporters.packed_files import pack_task, unpack_files
     from vlprune.exporters.quantize import quantize_task
     from vlprune.exporters.simplify import parameters
-    from vlprune.models.blip import Blip
+    from vlprune.models.family import Model
     from vlprune.runtime.generate import Graph
 
 __all__ = ["export", "pack_task", "parameters", "quantize_task", "task_spec", "torch_graphs", "unpack_files"]
@@ -31,7 +31,7 @@ _HOMES = {
 }  # torch and Optimum are heavy
 
 
-def torch_graphs(model: Blip, task: str) -> dict[str, Graph]:
+def torch_graphs(model: Model, task: str) -> dict[str, Graph]:
     """Run the graphs of a task in PyTorch, on the model's device.
 
     Args:
@@ -47,7 +47,7 @@ def torch_graphs(model: Blip, task: str) -> dict[str, Graph]:
     return _family(model).torch_graphs(model, task)
 
 
-def task_spec(model: Blip, task: str, **options: Any) -> dict[str, Any]:
+def task_spec(model: Model, task: str, **options: Any) -> dict[str, Any]:
     """Make the task.json of a model.
 
     Args:
@@ -61,7 +61,7 @@ def task_spec(model: Blip, task: str, **options: Any) -> dict[str, Any]:
     return _family(model).task_spec(model, task, **options)
 
 
-def _family(model: Blip) -> Any:
+def _family(model: Model) -> Any:
     return import_module(f"vlprune.exporters.{model.family}")
 
 

@@ -26,7 +26,7 @@ from vlprune.exporters.graphs import INTEGERS, Axes, Graph, as_function, nest
 from vlprune.exporters.pack import LIMIT
 from vlprune.exporters.simplify import TRANSPOSED, simplify
 from vlprune.files import write_json
-from vlprune.models.blip import Blip
+from vlprune.models.family import Model
 from vlprune.progress import track
 from vlprune.runtime.session import OnnxGraph, session
 
@@ -86,7 +86,7 @@ class _Config(OnnxConfig):
 
 
 def export(
-    model: Blip,
+    model: Model,
     task: str,
     spec: Mapping[str, Any],
     folder: Path,
@@ -183,14 +183,14 @@ def _validate(graphs: Mapping[str, Graph], folder: Path, atol: float) -> None:
         raise MachineError(f"the exported graphs do not compute what PyTorch computes ({reason})") from error
 
 
-def _prunable_weights(model: Blip) -> set[str]:
+def _prunable_weights(model: Model) -> set[str]:
     """Names of the prunable weights, all names of those that modules share."""
     names = {id(module): name for name, module in model.named_modules()}
     return {f"{names[id(module)]}.weight" for layer in model.layers() for module in layer.modules}
 
 
 @contextmanager
-def _on_cpu(model: Blip) -> Iterator[None]:
+def _on_cpu(model: Model) -> Iterator[None]:
     device = model.device
     model.cpu()
     try:

@@ -13,7 +13,7 @@ from vlprune.exporters.compare import compare
 from vlprune.exporters.graphs import as_function
 from vlprune.exporters.pack import is_packed, load, pack, save, unpack
 from vlprune.files import atomic_path, read_json, write_json
-from vlprune.models.blip import Blip
+from vlprune.models.family import Model
 from vlprune.progress import track
 from vlprune.runtime.session import OnnxGraph, session
 
@@ -24,7 +24,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3}  # largest difference allowed, as in `e
 
 
 def pack_task(
-    model: Blip,
+    model: Model,
     plain: Path,
     folder: Path,
     data: CaptionData | VqaData,

@@ -25,8 +25,7 @@ from vlprune.errors import RequestError
 from vlprune.exporters.pack import resolve_target
 from vlprune.files import atomic_path, disk_errors, read_json
 from vlprune.models import load, loading
-from vlprune.models.blip import Blip
-from vlprune.models.family import apply_masks, fingerprint, masks_for
+from vlprune.models.family import Model, apply_masks, fingerprint, masks_for
 from vlprune.progress import track
 from vlprune.pruning import Layer, Pruned, get_method, prune_layers_at
 from vlprune.pruning.masks import load_masks, save_masks, sparsity_summary
@@ -90,7 +89,7 @@ class Stages:
         return torch.device("cuda" if chosen == "auto" and torch.cuda.is_available() else chosen.replace("auto", "cpu"))
 
     @cached_property
-    def model(self) -> Blip:
+    def model(self) -> Model:
         """The model as given, on the CPU."""
         recipe = self.recipe
         return load(recipe["model"], family=recipe["family"], image_size=recipe["image_size"], seed=recipe["seed"])
@@ -206,7 +205,7 @@ class Stages:
             raise RequestError(f"{path} was made for other weights than {self.recipe['model']}: prune again")
         return loaded
 
-    def build(self, variant: Variant, task: str | None = None) -> Blip:
+    def build(self, variant: Variant, task: str | None = None) -> Model:
         """Make the model of a variant, on the CPU.
 
         Args:
@@ -214,7 +213,7 @@ class Stages:
             task: only what this task needs; None = all parts (not for fine-tuned variants, which exist per task).
 
         Returns:
-            Blip: to be changed as one likes.
+            Model: to be changed as one likes.
         """
         if variant.finetuned and task is not None:
             folder = self.run.folder / "checkpoints" / variant.id / task
@@ -253,7 +252,7 @@ class Stages:
 
     def _collect(self, path: Path) -> dict[str, Any]:
         data = self.calibration
-        model = self.model.to(self.device).eval()
+        model: Any = self.model.to(self.device).eval()  # of a family that reads captions
         norms = InputNorms({layer.name: (layer.modules, layer.tokens) for layer in model.layers()})
         with norms.collect():
             for start in track(range(0, len(data.captions), self.batch), "Calibrating"):
@@ -358,7 +357,7 @@ class Stages:
             state.parent.parent.rmdir()
         return {"variants": [row], "skipped": data.skipped}
 
-    def _finetuned_row(self, variant: Variant, model: Blip, masks: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _finetuned_row(self, variant: Variant, model: Model, masks: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The row of a fine-tuned variant is that of its base: training changes no mask, which is checked here."""
         for layer in model.layers():
             if layer.name in masks and bool(layer.weight.detach().cpu()[~masks[layer.name].cpu()].any()):
@@ -374,7 +373,7 @@ class Stages:
     def _test_key(self, task: str) -> dict[str, Any]:
         return {**self._model_key, **self._key("samples", "skip_broken"), "data": self.recipe["data"][task]}
 
-    def spec(self, model: Blip, task: str) -> dict[str, Any]:
+    def spec(self, model: Model, task: str) -> dict[str, Any]:
         """Make task.json."""
         options = dict(self.model.options.get(task, {}))
         if task == "vqa":

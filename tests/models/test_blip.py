@@ -128,6 +128,25 @@ def test_outputs_do_not_depend_on_padding(task, whole):
         torch.testing.assert_close(plain, other, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_towers_in_pieces_give_the_embeddings(whole):
+    given = padded(inputs(), 6)
+    expected = [
+        whole.image_embeds(whole.image_states(given["pixel_values"])),
+        whole.text_embeds(given["input_ids"], given["attention_mask"]),
+    ]
+    for steps, embeds in zip((whole.image_tower(), whole.text_tower()), expected, strict=True):
+        states = [steps.start(given)]
+        for layer in steps.layers:
+            states.append(layer(states[-1]))
+        assert torch.equal(steps.finish(states[-1]), embeds)
+        assert torch.equal(steps.embeds(given), embeds)
+        assert len(steps.layers) == 2
+        resumed = steps.layers[1](states[1])  # a state can be gone on from again
+        assert torch.equal(steps.finish(resumed), embeds)
+        assert not torch.equal(steps.finish(states[1]), embeds)
+
+
 def test_cross_attention_reads_only_what_the_mask_allows(whole):
     with torch.no_grad():
         model, given = whole.for_task("vqa"), inputs()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from vlprune.models.blip import Blip
+    from vlprune.models.family import Model
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def describe() -> list[dict[str, Any]]:
     return [{"name": name, **asdict(info)} for name, info in MODELS.items()]
 
 
-def load(model: str, *, family: str | None = None, image_size: int | None = None, seed: int = 0) -> Blip:
+def load(model: str, *, family: str | None = None, image_size: int | None = None, seed: int = 0) -> Model:
     """Load a model.
 
     Args:
@@ -81,7 +81,7 @@ def load(model: str, *, family: str | None = None, image_size: int | None = None
         seed: of random weights.
 
     Returns:
-        Blip: on the CPU, float32, eval mode.
+        Model: on the CPU, float32, eval mode.
 
     Raises:
         RequestError: the model is unknown or its files are broken.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from transformers.models.blip.modeling_blip_text import (
 
 from vlprune.errors import RequestError
 from vlprune.files import write_json
-from vlprune.models.family import Batch, PrunableLayer, Source, Valid
+from vlprune.models.family import Batch, PrunableLayer, Source, State, Steps, Valid
 from vlprune.models.processor import Processor
 
 
@@ -223,6 +224,16 @@ def run_text(
     return x, present
 
 
+def _vision_step(layer: Any, state: State) -> State:
+    return {"x": layer(state["x"], None)}
+
+
+def _text_step(layer: Any, state: State) -> State:
+    x, attention = state["x"], layer.attention
+    x = attention.output(attention.self(x, *attention.self.keys_values(x), state["bias"]), x)
+    return {**state, "x": layer.feed_forward_chunk(x)}
+
+
 class Blip(nn.Module):
     """BLIP with the parts a checkpoint has.
 
@@ -397,6 +408,36 @@ class Blip(nn.Module):
                     cross=cross,
                     cross_mask=mask if from_text else None,
                 )
+
+    def image_tower(self) -> Steps:
+        """Give the image tower in pieces (see `Steps`); for models that offer retrieval.
+
+        Returns:
+            Steps: from `pixel_values` to what `image_embeds` gives.
+        """
+        vision = self.vision_model
+        return Steps(
+            lambda batch: {"x": vision.embeddings(batch["pixel_values"])},
+            [partial(_vision_step, layer) for layer in vision.encoder.layers],
+            lambda state: self.image_embeds(vision.post_layernorm(state["x"])),
+        )
+
+    def text_tower(self) -> Steps:
+        """Give the text tower, without cross-attention, in pieces (see `Steps`); for models that offer retrieval.
+
+        Returns:
+            Steps: from `input_ids` and `attention_mask` to what `text_embeds` gives.
+        """
+
+        def start(batch: Batch) -> State:
+            x = self.text_encoder.embeddings(input_ids=batch["input_ids"])
+            return {"x": x, "bias": mask_bias(batch["attention_mask"][:, None, None, :], x.dtype)}
+
+        return Steps(
+            start,
+            [partial(_text_step, layer) for layer in self.text_encoder.encoder.layer],
+            lambda state: F.normalize(self.text_proj(state["x"][:, 0]), dim=-1),
+        )
 
     # --- forward ---------------------------------------------------------------------------------------------------
 

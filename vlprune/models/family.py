@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 
 Batch = dict[str, Tensor]
+State = dict[str, Tensor]  # what one layer of a tower hands to the next: "x" [B, T, D], and whatever else they need
 Valid = Callable[..., AbstractContextManager[None]]  # InputNorms.valid: which token rows of a forward pass count
 
 
@@ -108,6 +112,141 @@ class Tower:
     modality: Literal["vision", "text"]
     stacks: tuple[str, ...]
     depth: int
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A tower that can be run in pieces, so that what comes before a change need not be computed again.
+
+    `finish(layers[-1](... layers[0](start(batch))))` are the embeddings the model itself computes, to the last bit. No
+    function changes the state it is given.
+
+    Attributes:
+        start: what a batch is before the first layer.
+        layers: one function per layer, in order; each reads the weights as they are when it is called.
+        finish: the state after the last layer to unit vectors [B, E].
+    """
+
+    start: Callable[[Batch], State]
+    layers: list[Callable[[State], State]]
+    finish: Callable[[State], Tensor]
+
+    def embeds(self, batch: Batch) -> Tensor:
+        """Run all of it.
+
+        Args:
+            batch: made by `caption_batch`.
+
+        Returns:
+            Tensor: unit vectors [B, E].
+        """
+        state = self.start(batch)
+        for layer in self.layers:
+            state = layer(state)
+        return self.finish(state)
+
+
+class Model(Protocol):
+    """A model of any family: an `nn.Module` that tells what can be pruned, how it is calibrated and trained.
+
+    Attributes:
+        family: "blip", "clip", ...: its file in `vlprune.models`, and in `vlprune.exporters`.
+        tasks: what it offers.
+        config: transformers' configuration.
+        processor: turns images and texts into model inputs; has `image_size`, `resize`, `normalise`, `images`.
+        source: where the weights come from.
+        options: task -> settings of its task.json, "finetune" -> settings of the fine-tuning, where this checkpoint is
+            better served by others than the authors' (kept in its config.json).
+    """
+
+    family: str
+    tasks: tuple[str, ...]
+    config: Any
+    processor: Any
+    source: Source
+    options: dict[str, dict[str, Any]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    def layers(self) -> list[PrunableLayer]:
+        """List the prunable weights: vision first, then text, in order of execution."""
+
+    def groups(self) -> list[Group]:
+        """List the units that structured pruning may remove: vision first, then text, in order of execution."""
+
+    def towers(self) -> list[Tower]:
+        """List the stacks of layers that structured pruning may shorten."""
+
+    def calibrate(self, batch: Batch, valid: Valid) -> None:
+        """Run one calibration batch; `valid` (`InputNorms.valid`) is told which rows are padding."""
+
+    def loss(self, task: str, batch: Batch) -> Tensor:
+        """The fine-tuning loss of a task, a scalar."""
+
+    def head_parameters(self, task: str) -> list[nn.Parameter]:
+        """Parameters that `--finetune heads` trains: those outside the towers."""
+
+    def for_task(self, task: str) -> Self:
+        """Copy the parts a task needs; a RequestError names what is missing."""
+
+    def save(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+        """Write config, weights and processor in Hugging Face format into an existing folder."""
+
+    # What every nn.Module has, as far as it is used on models of any family.
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """See `nn.Module`."""
+
+    def cpu(self) -> Self:
+        """See `nn.Module`."""
+
+    def train(self, mode: bool = True) -> Self:
+        """See `nn.Module`."""
+
+    def eval(self) -> Self:
+        """See `nn.Module`."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """See `nn.Module`."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """See `nn.Module`."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """See `nn.Module`."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """See `nn.Module`."""
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """See `nn.Module`."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `nn.Module`."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """See `nn.Module`."""
+
+
+class Encoders(Model, Protocol):
+    """A model that embeds images and texts in one space: CLIP, SigLIP, and BLIP where it offers retrieval."""
+
+    def caption_batch(
+        self,
+        images: Sequence[Image.Image] | np.ndarray,
+        captions: Sequence[str],
+        image_index: Sequence[int],
+        max_length: int = 35,
+    ) -> Batch:
+        """Make the batch for calibration and retrieval from B images, one caption of each, and their numbers."""
+
+    def image_tower(self) -> Steps:
+        """The image tower in pieces; reads `pixel_values`."""
+
+    def text_tower(self) -> Steps:
+        """The text tower in pieces; reads `input_ids` and `attention_mask`."""
 
 
 def fingerprint(layers: list[PrunableLayer]) -> str:

@@ -22,7 +22,7 @@ from vlprune.errors import MachineError, RequestError
 from vlprune.files import atomic_path, read_json, sha256
 from vlprune.models import MODELS, blip
 from vlprune.models.blip import Blip
-from vlprune.models.family import Source
+from vlprune.models.family import Model, Source
 from vlprune.models.processor import Processor, load_tokenizer, read_preprocessor
 from vlprune.progress import task
 
@@ -33,7 +33,7 @@ HUB_FILES = ["*.json", "*.safetensors", "pytorch_model.bin", "vocab.txt"]
 transformers_logging.set_verbosity_error()
 
 
-def load(model: str, *, family: str | None, image_size: int | None, seed: int) -> Blip:
+def load(model: str, *, family: str | None, image_size: int | None, seed: int) -> Model:
     """See `vlprune.models.load`; the arguments are the same.
 
     Args:
@@ -43,7 +43,7 @@ def load(model: str, *, family: str | None, image_size: int | None, seed: int) -
         seed: of random weights.
 
     Returns:
-        Blip: the model.
+        Model: the model.
 
     Raises:
         RequestError: the model is unknown or its files are broken.
@@ -73,7 +73,7 @@ def load(model: str, *, family: str | None, image_size: int | None, seed: int) -
     raise AssertionError("unreachable: check() raises for unknown names")
 
 
-def load_folder(folder: Path, name: str, image_size: int | None) -> Blip:
+def load_folder(folder: Path, name: str, image_size: int | None) -> Model:
     """Load a Hugging Face folder of BLIP.
 
     Args:
@@ -82,7 +82,7 @@ def load_folder(folder: Path, name: str, image_size: int | None) -> Blip:
         image_size: pixels, None = the config's.
 
     Returns:
-        Blip: the model.
+        Model: the model.
 
     Raises:
         RequestError: a file is missing or broken.

@@ -26,8 +26,7 @@ from vlprune import names
 from vlprune.data.sets import CaptionData, VqaData
 from vlprune.errors import MachineError, RequestError
 from vlprune.files import atomic_path
-from vlprune.models.blip import Blip
-from vlprune.models.family import Batch, PrunableLayer
+from vlprune.models.family import Batch, Model, PrunableLayer
 from vlprune.progress import task as progress
 from vlprune.training.pretrain import cosine
 
@@ -49,7 +48,7 @@ SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """What a caller may choose; None = what the checkpoint suggests (`Blip.options`), else the authors' value.
+    """What a caller may choose; None = what the checkpoint suggests (`Model.options`), else the authors' value.
 
     Attributes:
         mode: "heads" trains only what stands outside the towers, "full" all weights.
@@ -99,7 +98,7 @@ class Settings:
     device: str
 
 
-def settle(options: FinetuneOptions, model: Blip, task: str, data: CaptionData | VqaData) -> Settings:
+def settle(options: FinetuneOptions, model: Model, task: str, data: CaptionData | VqaData) -> Settings:
     """Make every choice: the caller's, else the checkpoint's suggestion, else the authors'.
 
     Args:
@@ -221,7 +220,7 @@ class MaskLock:
 
 
 def finetune(
-    model: Blip,
+    model: Model,
     task: str,
     data: CaptionData | VqaData,
     masks: Mapping[str, Tensor],
@@ -238,7 +237,7 @@ def finetune(
     one image come together. Images are not augmented.
 
     Args:
-        model: made by `Blip.for_task`; ends on the device it was trained on, in eval mode.
+        model: made by `Model.for_task`; ends on the device it was trained on, in eval mode.
         task: its task.
         data: training data, CaptionData, or VqaData for "vqa".
         masks: layer name -> bool [out, in], True = kept; {} for a dense model.
@@ -357,8 +356,8 @@ def _seed(*parts: int) -> int:
 class _Batches:
     """The batches of a training from a given step on; the images of the next are read while one is computed."""
 
-    def __init__(self, model: Blip, data: CaptionData | VqaData, settings: Settings, start: int) -> None:
-        self.model = model
+    def __init__(self, model: Model, data: CaptionData | VqaData, settings: Settings, start: int) -> None:
+        self.model: Any = model  # which batches a family makes depends on its tasks
         self.data = data
         self.size = settings.batch_size
         self.seed = settings.seed
@@ -428,7 +427,7 @@ class _Batches:
 class _Images:
     """Resized images, read by a few threads and kept in memory while all fit."""
 
-    def __init__(self, model: Blip, images: Sequence[Image.Image]) -> None:
+    def __init__(self, model: Model, images: Sequence[Image.Image]) -> None:
         size = model.processor.image_size
         self.images = images
         self.resize = model.processor.resize
@@ -465,7 +464,7 @@ class _Images:
 # --- saved trainings --------------------------------------------------------------------------------------------------
 
 
-def _key(model: Blip, task: str, data: CaptionData | VqaData, masks: Mapping[str, Tensor], settings: Settings) -> str:
+def _key(model: Model, task: str, data: CaptionData | VqaData, masks: Mapping[str, Tensor], settings: Settings) -> str:
     """Hash everything the result depends on but the pixels."""
     digest = hashlib.sha256(json.dumps([task, asdict(settings), len(data.images)]).encode())
     if isinstance(data, VqaData):
