@@ -1,6 +1,7 @@
 """The operators against numpy: numbers, shapes, refusals, threads; the library that holds them, and its build."""
 
 import ctypes
+import importlib.util
 import json
 import os
 import shlex
@@ -654,6 +655,14 @@ def test_malformed_packed_graph_is_one_line(library: str, tmp_path: Path) -> Non
 # --- the build --------------------------------------------------------------------------------------------------------
 
 
+def test_library_is_there_where_a_compiler_is() -> None:
+    """The other tests are skipped without the library: here an installation that lost it fails."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler to build with")
+    assert operators.available(), f"{compiler} is there, but the operator library is not: {operators.BUILD}"
+
+
 def configure(folder: Path, *options: str, **environment: str) -> str:
     """Run cmake; returns what it said."""
     if not shutil.which("cmake"):
@@ -732,12 +741,8 @@ def test_from_the_source_archive(tmp_path: Path) -> None:
     if not (shutil.which("c++") or shutil.which("g++")):
         pytest.skip("no C++ compiler to build with")
     pytest.importorskip("build", reason="the module build is not there to make an archive")
-    try:
-        import scikit_build_core  # noqa: F401
-
-        isolated = ([], []) if not shutil.which("cmake") else (["--no-isolation"], ["--no-build-isolation"])
-    except ImportError:
-        isolated = ([], [])
+    here = importlib.util.find_spec("scikit_build_core") and shutil.which("cmake")  # what isolation would fetch
+    isolated = (["--no-isolation"], ["--no-build-isolation"]) if here else ([], [])
 
     def run(*command: str, **environment: str) -> str:
         done = subprocess.run(
