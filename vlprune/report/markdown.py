@@ -5,18 +5,15 @@ from typing import Any
 
 from vlprune.report.schema import Metrics, Report
 from vlprune.report.summary import (
-    INT8,
-    PACKED,
     RANDOM,
-    ZEROS,
     has_int8,
     has_packed,
-    is_unstructured,
+    notes,
     packing,
     points,
     ratio,
+    score_table,
     side_by_side,
-    summarize,
     title,
 )
 
@@ -51,34 +48,15 @@ def _head(report: Report) -> str:
     ]
     if model["random_weights"]:
         lines.append(f"**{RANDOM}**")
-    if is_unstructured(report):
-        lines.append(ZEROS)
-    if has_packed(report):
-        lines.append(PACKED)
-    if has_int8(report):
-        lines.append(INT8)
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, *notes(report)])
 
 
 def _scores(report: Report) -> str:
     if report["model"]["random_weights"] or not report["metrics"]:
         return ""
     blocks = ["## Scores", "All scores times 100; in brackets the 95 % bootstrap interval over the test samples."]
-    rows = summarize(report)
-    if rows:
-        columns = ["variant", "task", "metric", "dense", "dense, fine-tuned", "pruned", "pruned, fine-tuned", "ONNX"]
-        body = [
-            [row.variant, row.task, title(row.metric)]
-            + [points(x) for x in (row.dense, row.dense_finetuned, row.pruned, row.finetuned, row.onnx)]
-            for row in rows
-        ]
-        if has_packed(report):
-            columns.append("ONNX, packed")
-            body = [[*cells, points(row.packed)] for cells, row in zip(body, rows, strict=True)]
-        if has_int8(report):
-            columns.append("dense, int8")
-            body = [[*cells, points(row.int8)] for cells, row in zip(body, rows, strict=True)]
-        blocks.append(_table(columns, body, text_columns=3))
+    if rows := score_table(report):
+        blocks.append(_named_table(rows, text_columns=3))
     for task, dataset in dict.fromkeys((row["task"], row["dataset"]) for row in report["metrics"]):
         blocks += _task(task, dataset, report)
     return "\n\n".join(blocks)
@@ -183,8 +161,7 @@ def _throughput(report: Report) -> str:
         intro += " Rows at int8-dynamic hold the dense graph in int8 against itself in fp32."
     text = f"## Throughput\n\n{intro}\n\n{_table(columns, body, text_columns=3)}"
     if beside := side_by_side(report):
-        body = [[str(value) for value in row.values()] for row in beside]
-        text += f"\n\n### Packed beside dynamic int8\n\n{_table(list(beside[0]), body, text_columns=2)}"
+        text += f"\n\n### Packed beside dynamic int8\n\n{_named_table(beside, text_columns=2)}"
     return text
 
 
@@ -213,6 +190,11 @@ def _environment(report: Report) -> str:
         f"- GPU: {gpu}",
     ]
     return "## Environment\n\n" + "\n".join(lines)
+
+
+def _named_table(rows: Sequence[Mapping[str, Any]], text_columns: int) -> str:
+    """Build a Markdown table of rows whose keys, alike in all of them, are the columns."""
+    return _table(list(rows[0]), [[str(value) for value in row.values()] for row in rows], text_columns)
 
 
 def _table(columns: Sequence[str], body: Sequence[Sequence[str]], text_columns: int) -> str:

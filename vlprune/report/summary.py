@@ -108,6 +108,48 @@ def summarize(report: Report) -> list[Row]:
     return rows
 
 
+def score_table(report: Report) -> list[dict[str, str]]:
+    """Lay out `summarize` for people.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        list[dict[str, str]]: one row per pruned variant and headline metric, ready to print: what it is (three texts),
+            and its scores times 100.
+    """
+    packed, int8 = has_packed(report), has_int8(report)
+    return [
+        {
+            "variant": row.variant,
+            "task": row.task,
+            "metric": title(row.metric),
+            "dense": points(row.dense),
+            "dense, fine-tuned": points(row.dense_finetuned),
+            "pruned": points(row.pruned),
+            "pruned, fine-tuned": points(row.finetuned),
+            "ONNX": points(row.onnx),
+            **({"ONNX, packed": points(row.packed)} if packed else {}),
+            **({"dense, int8": points(row.int8)} if int8 else {}),
+        }
+        for row in summarize(report)
+    ]
+
+
+def notes(report: Report) -> list[str]:
+    """Say what the figures of a report mean.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        list[str]: a paragraph on unstructured zeros, on packed graphs, on dynamic int8, as far as it has them.
+    """
+    unstructured = any(variant["pattern"] == "unstructured" for variant in report["variants"])
+    said = {ZEROS: unstructured, PACKED: has_packed(report), INT8: has_int8(report)}
+    return [text for text, wanted in said.items() if wanted]
+
+
 def base_id(variant: Variant) -> str:
     """Give the id that a variant had before fine-tuning.
 
@@ -132,18 +174,6 @@ def headline(task: str, rows: list[Metrics]) -> list[str]:
     """
     measured = list(dict.fromkeys(metric for row in rows for metric in row["values"]))
     return [metric for metric in HEADLINES.get(task, ()) if metric in measured] or measured[:1]
-
-
-def is_unstructured(report: Report) -> bool:
-    """Tell whether any variant has scattered zeros.
-
-    Args:
-        report: a valid report.
-
-    Returns:
-        bool: one has.
-    """
-    return any(variant["pattern"] == "unstructured" for variant in report["variants"])
 
 
 def title(metric: str) -> str:

@@ -9,21 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlprune.report.schema import Report
-from vlprune.report.summary import (
-    INT8,
-    PACKED,
-    RANDOM,
-    ZEROS,
-    has_int8,
-    has_packed,
-    is_unstructured,
-    packing,
-    points,
-    ratio,
-    side_by_side,
-    summarize,
-    title,
-)
+from vlprune.report.summary import RANDOM, has_packed, notes, packing, ratio, score_table, side_by_side
 
 
 def console() -> Console:
@@ -36,20 +22,23 @@ def console() -> Console:
     return screen if screen.is_terminal else Console(highlight=False, width=160)
 
 
-def table(caption: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def table(caption: str, rows: Sequence[Mapping[str, Any]], text_columns: int | None = None) -> Table:
     """Lay out rows of named values.
 
     Args:
         caption: stands above the table; may be empty.
         rows: mappings; the keys of all of them become the columns.
+        text_columns: the first so many columns are text, the others figures; None = as the values are.
 
     Returns:
-        Table: numbers right, text left.
+        Table: figures right, text left.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     grid = Table(title=Text(caption) if caption else None, title_justify="left", box=SIMPLE_HEAD, title_style="bold")
-    for column in columns:
+    for index, column in enumerate(columns):
         numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
+        if text_columns is not None:
+            numeric = index >= text_columns
         grid.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(_text(row.get(column))) for column in columns))
@@ -66,9 +55,8 @@ def print_report(report: Report, screen: Console | None = None) -> None:
     screen = screen or console()
     if report["model"]["random_weights"]:
         screen.print(RANDOM, style="bold")
-    scores = _scores(report)
-    if scores.row_count:
-        screen.print(scores)
+    if scores := score_table(report):
+        screen.print(table(f"{report['model']['name']}: scores x 100", scores, text_columns=3))
     sparsities = [
         {"variant": variant["id"], "achieved": f"{variant['sparsity']['achieved']:.6f}"}
         | {name: f"{value:.4f}" for name, value in variant["sparsity"]["per_modality"].items()}
@@ -110,36 +98,10 @@ def print_report(report: Report, screen: Console | None = None) -> None:
     if timings:
         screen.print(table("Throughput", timings))
     if beside := side_by_side(report):
-        screen.print(table("Packed beside dynamic int8", beside))
-    if report["graphs"] and is_unstructured(report):
-        screen.print(ZEROS)
-    if packed:
-        screen.print(PACKED)
-    if has_int8(report):
-        screen.print(INT8)
-
-
-def _scores(report: Report) -> Table:
-    name = report["model"]["name"]
-    grid = Table(title=Text(f"{name}: scores x 100"), title_justify="left", box=SIMPLE_HEAD, title_style="bold")
-    for column in ("variant", "task", "metric"):
-        grid.add_column(column)
-    packed = ("ONNX, packed",) if has_packed(report) else ()
-    int8 = ("dense, int8",) if has_int8(report) else ()
-    for column in ("dense", "dense, fine-tuned", "pruned", "pruned, fine-tuned", "ONNX", *packed, *int8):
-        grid.add_column(column, justify="right")
-    for row in summarize(report):
-        scores = (
-            row.dense,
-            row.dense_finetuned,
-            row.pruned,
-            row.finetuned,
-            row.onnx,
-            *([row.packed] if packed else []),
-            *([row.int8] if int8 else []),
-        )
-        grid.add_row(row.variant, row.task, title(row.metric), *map(points, scores))
-    return grid
+        screen.print(table("Packed beside dynamic int8", beside, text_columns=2))
+    if report["graphs"]:
+        for note in notes(report):
+            screen.print(note)
 
 
 def _text(value: Any) -> str:
