@@ -62,10 +62,7 @@ def parse_ratios(text: str | Ratios) -> Ratios:
         return text
     ratios = []
     for part in _parts(text, "--ratio"):
-        try:
-            ratio = float(part)
-        except ValueError:
-            ratio = math.nan
+        ratio = _number(part)
         if not 0 < ratio < 1:
             raise RequestError(
                 f"--ratio {part!r} is not a number strictly between 0 and 1: give the fraction to remove, as in 0.9"
@@ -137,13 +134,37 @@ def parse_seconds(text: str) -> float:
     Raises:
         RequestError: it is none.
     """
+    return _positive(text, "--seconds", "seconds, as in 5")
+
+
+def parse_rate(text: str) -> float:
+    """Parse `--lr`.
+
+    Args:
+        text: a positive number.
+
+    Returns:
+        float: the number.
+
+    Raises:
+        RequestError: it is none.
+    """
+    return _positive(text, "--lr", "a learning rate, as in 3e-4")
+
+
+def _positive(text: str, option: str, wanted: str) -> float:
+    number = _number(text)
+    if not 0 < number < math.inf:
+        raise RequestError(f"{option} {text!r} is not a positive number: give {wanted}")
+    return number
+
+
+def _number(text: str) -> float:
+    """Read a number, NaN for what is none."""
     try:
-        seconds = float(text)
+        return float(text)
     except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise RequestError(f"--seconds {text!r} is not a positive number: give seconds, as in 5")
-    return seconds
+        return math.nan
 
 
 def parse_data(text: str) -> TaskSource:
@@ -215,27 +236,6 @@ def parse_pattern(text: str) -> str:
     raise RequestError(
         f"--pattern {text!r} is unknown: unstructured, n:m with n < m (as in 2:4), or rxc blocks (as in 8x1)"
     )
-
-
-def parse_rate(text: str) -> float:
-    """Parse `--lr`.
-
-    Args:
-        text: a positive number.
-
-    Returns:
-        float: the number.
-
-    Raises:
-        RequestError: it is none.
-    """
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if not 0 < rate < math.inf:
-        raise RequestError(f"--lr {text!r} is not a positive number: give a learning rate, as in 3e-4")
-    return rate
 
 
 def check_method(name: str) -> str:
