@@ -14,8 +14,10 @@ from vlprune.errors import MachineError, RequestError
 from vlprune.models import load
 from vlprune.models.blip import Blip, Source, new
 from vlprune.models.processor import Processor, word_tokenizer
-from vlprune.training import finetune as module
-from vlprune.training.finetune import FinetuneOptions, MaskLock, _Batches, finetune, settle
+from vlprune.training import batches as batches_module
+from vlprune.training import loop
+from vlprune.training.batches import Batches
+from vlprune.training.finetune import FinetuneOptions, MaskLock, finetune, settle
 
 
 TASKS = ("retrieval", "captioning", "vqa")
@@ -113,7 +115,7 @@ def test_gradients_are_clipped_by_the_kept_weights_alone(model, monkeypatch):
             assert not layer.weight.grad[~masks[layer.name]].any()
         return clip(parameters, max_norm)
 
-    monkeypatch.setattr(module.Accelerator, "clip_grad_norm_", watched)
+    monkeypatch.setattr(loop.Accelerator, "clip_grad_norm_", watched)
     finetune(model, "retrieval", data_of("retrieval"), masks, FAST)
     assert len(norms) == 4 and all(norm > 0 and limit == 1.0 for norm, limit in norms)
 
@@ -285,7 +287,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(model):
 
 def batches(model: Blip, task: str, data: CaptionData | VqaData, start: int = 0, **options) -> list[dict]:
     settings = settle(dataclasses.replace(FAST, **options), model, task, data)
-    with _Batches(model, data, settings, start) as found:
+    with Batches(model, data, settings.batch_size, settings.seed, range(start, settings.steps)) as found:
         return list(found)
 
 
@@ -326,7 +328,7 @@ def test_batches_from_the_middle_on(model, monkeypatch):
     for start in (1, 5):
         for one, other in zip(whole[start:], batches(model, task, data, start, max_steps=9), strict=True):
             assert same(one, other)
-    monkeypatch.setattr(module, "CACHE", 0)  # as with images that do not fit into memory
+    monkeypatch.setattr(batches_module, "CACHE", 0)  # as with images that do not fit into memory
     for one, other in zip(whole, batches(model, task, data, max_steps=9), strict=True):
         assert same(one, other)
 
