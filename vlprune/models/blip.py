@@ -32,6 +32,7 @@ from transformers.models.blip.modeling_blip_text import (
 
 from vlprune.errors import RequestError
 from vlprune.files import write_json
+from vlprune.models.attention import attend, mask_bias
 from vlprune.models.family import Batch, PrunableLayer, Source, State, Steps, Valid
 from vlprune.models.processor import Processor
 
@@ -68,24 +69,6 @@ def tasks_of(parts: set[str]) -> tuple[str, ...]:
     if "text_encoder" in parts and "retrieval" not in tasks and "captioning" in tasks:
         tasks.remove("captioning")
     return tuple(tasks)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Softmax attention, written out: exported graphs show it, and on CPU it trains twice as fast as torch's fused one.
-
-    Args:
-        query: [B, H, T, K].
-        key: [B, H, S, K].
-        value: [B, H, S, K].
-        scale: factor on the scores.
-        bias: added to the scores, broadcastable to [B, H, T, S], or None.
-
-    Returns:
-        Tensor: [B, T, H * K].
-    """
-    scores = (query * scale) @ key.transpose(-1, -2)
-    probabilities = F.softmax(scores if bias is None else scores + bias, dim=-1)
-    return (probabilities @ value).transpose(1, 2).flatten(2)
 
 
 class VisionAttention(BlipAttention):
@@ -162,19 +145,6 @@ def cross_keys_values(text: BlipTextModel, states: Tensor) -> KeysValues:
         KeysValues: per layer key and value, [B, H, S, K] each.
     """
     return [layer.crossattention.self.keys_values(states) for layer in text.encoder.layer]
-
-
-def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a mask into what is added to attention scores.
-
-    Args:
-        mask: nonzero where attention is allowed.
-        dtype: of the result.
-
-    Returns:
-        Tensor: 0 where allowed, -10000 elsewhere (transformers' own value: exact zero after softmax, safe in fp16).
-    """
-    return (1.0 - mask.to(dtype)) * -10000.0
 
 
 def run_text(
