@@ -16,9 +16,9 @@ import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from vlprune.errors import RequestError
+from vlprune.runtime.operators import DOMAIN
 
 
-DOMAIN = "vlprune"
 SAME_SHAPE = {"Erf", "Gelu", "Identity", "LayerNormalization", "Relu", "Sigmoid", "Tanh"}  # as their first input
 _ELEMENTWISE = {"Add", "Div", "Mul", "Pow", "Sub"}
 _SMALL = 1024  # elements; of larger tensors shape inference needs no values

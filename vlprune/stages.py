@@ -22,6 +22,7 @@ import torch
 from vlprune import exporters
 from vlprune.data import CaptionData, MissingSplitError, VqaData, check_images, open_calibration, open_data
 from vlprune.errors import RequestError
+from vlprune.exporters import packed_files
 from vlprune.exporters.pack import resolve_target
 from vlprune.files import atomic_path, disk_errors, read_json
 from vlprune.models import load, loading
@@ -31,6 +32,7 @@ from vlprune.pruning import Layer, Pruned, get_method, prune_layers_at
 from vlprune.pruning.masks import load_masks, save_masks, sparsity_summary
 from vlprune.pruning.patterns import Pattern
 from vlprune.pruning.statistics import InputNorms, load_statistics, save_statistics
+from vlprune.report.summary import DYNAMIC
 from vlprune.run import Run
 from vlprune.runtime.session import load_graphs
 from vlprune.runtime.timing import compare
@@ -39,9 +41,8 @@ from vlprune.training.finetune import FinetuneOptions, finetune
 
 
 BATCH = 32  # samples at once in calibration and evaluation
-PLAIN = "plain"  # forms of the exported graphs
-PACKED = "packed"  # and folder of such graphs, inside that of the plain ones
-INT8 = "int8-dynamic"  # the dense graphs, quantised by ONNX Runtime for as long as they are measured
+# Forms of the exported graphs: as exported; packed; the dense ones quantised by ONNX Runtime while they are measured.
+PLAIN, PACKED, INT8 = "plain", packed_files.PACKED, DYNAMIC
 BENCH_SECONDS = 2.0  # per graph and batch size; slow graphs take their ten rounds, however long
 
 
