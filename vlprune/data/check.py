@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from vlprune.data.images import BrokenImageError, ImageFiles, load_image
-from vlprune.data.sets import CaptionData, VqaData
+from vlprune.data.sets import CaptionData, ClassData, VqaData
 from vlprune.errors import RequestError
 from vlprune.progress import track
 
 
-Data = TypeVar("Data", bound=CaptionData | VqaData)
+Data = TypeVar("Data", bound=CaptionData | VqaData | ClassData)
 
 
 def check_images(data: Data, skip_broken: bool = False) -> Data:

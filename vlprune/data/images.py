@@ -66,15 +66,15 @@ class ImageFiles(Sequence[Image.Image]):
     """Image files, opened when asked for; a broken one raises `RequestError` naming it and its record.
 
     Args:
-        source: the file with the records.
+        source: the file with the records, or the folder of the images.
         paths: the image files.
-        numbers: per image, the number (from 1) of the record of `source` that names it first.
+        numbers: per image, the number (from 1) of the record of `source` that names it first; None = a folder.
     """
 
-    def __init__(self, source: Path, paths: Sequence[Path], numbers: Sequence[int]) -> None:
+    def __init__(self, source: Path, paths: Sequence[Path], numbers: Sequence[int] | None = None) -> None:
         self.source = source
         self.paths = list(paths)
-        self.numbers = list(numbers)
+        self.numbers = None if numbers is None else list(numbers)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -102,7 +102,8 @@ class ImageFiles(Sequence[Image.Image]):
             RequestError: one line.
         """
         what = one_line(f"broken image {self.paths[index]} ({why})")
-        return RequestError(f"{self.source}, record {self.numbers[index]}: {what}: replace it, or pass --skip-broken")
+        where = self.source if self.numbers is None else f"{self.source}, record {self.numbers[index]}"
+        return RequestError(f"{where}: {what}: replace it, or pass --skip-broken")
 
     def subset(self, indices: Sequence[int]) -> "ImageFiles":
         """Keep some of the images.
@@ -113,4 +114,5 @@ class ImageFiles(Sequence[Image.Image]):
         Returns:
             ImageFiles: these images.
         """
-        return ImageFiles(self.source, [self.paths[i] for i in indices], [self.numbers[i] for i in indices])
+        numbers = None if self.numbers is None else [self.numbers[i] for i in indices]
+        return ImageFiles(self.source, [self.paths[i] for i in indices], numbers)

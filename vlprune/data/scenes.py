@@ -1,8 +1,11 @@
-"""The embedded data: drawn scenes of one to three coloured shapes, with captions, questions and answers.
+"""The embedded data: drawn scenes of one to three coloured shapes, with captions, questions and answers, or classes.
 
 A scene follows from (split, index) alone. Its canonical caption names every object and how they lie, so it determines
 the scene up to jitter; a hash of that caption sends the scene to `train` or to `test`, hence no test scene, however it
 is jittered, ever occurs in training. Within `test`, no caption is true of the image of another scene.
+
+The classes are those of scenes with a single object: its colour and shape. Of the ten ways (size and place) in which a
+class can look, two or more are for `test` alone: those of captions in `test`, as far as there are any.
 
 Objects stand in the cells of a 4 x 4 grid, a little off centre: easier than photographs on purpose, so that a small
 vision transformer whose patches are the cells learns them within half an hour on one core.
@@ -19,7 +22,7 @@ from zlib import crc32
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlprune.data.sets import CaptionData, Question, VqaData
+from vlprune.data.sets import CaptionData, ClassData, Question, VqaData
 from vlprune.errors import RequestError
 
 
@@ -38,6 +41,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
 SIZES = {"small": (8.5, 9.5), "large": (12.5, 13.5)}  # width and height in pixels
 NUMBERS = ("one", "two", "three")
 ANSWERS = (*COLORS, *SHAPES, *SIZES, *NUMBERS, "yes", "no")
+CLASSES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 QUESTIONS_PER_SCENE = 3
 
 # Where a single object may be -> (words, columns, rows of the grid); several objects form a row or a column.
@@ -48,6 +52,8 @@ _PLACES = {
     "bottom": ("at the bottom", (1, 2), (3,)),
     "middle": ("in the middle", (1, 2), (1, 2)),
 }
+TEMPLATES = tuple(f"a {size} {{}} alone {words}" for size in SIZES for words, _, _ in _PLACES.values())
+_TEST_WAYS = 2  # of ten
 _RELATIONS = {"row": ("left of", "right of"), "column": ("above", "below")}
 _COUNT_WEIGHTS = (0.1, 0.7, 0.2)  # of scenes with one, two, three objects
 
@@ -319,18 +325,51 @@ def scene(split: str, index: int) -> Scene:
     return _train_scene(index) if split == "train" else _test_scenes[index]
 
 
+def single(split: str, index: int) -> Scene:
+    """Make one scene of a single object; its class is `CLASSES[index % len(CLASSES)]`.
+
+    Args:
+        split: "train" or "test".
+        index: number of the scene in its split, from 0.
+
+    Returns:
+        Scene: always the same for the same arguments.
+    """
+    rng = np.random.default_rng([_SEED, 2 + _SPLITS.index(split), index])
+    ways = _ways(index % len(CLASSES))[split]
+    layout, item = ways[rng.integers(len(ways))]
+    return _finish(split, index, rng, layout, [item])
+
+
+@lru_cache
+def _ways(label: int) -> dict[str, list[tuple[str, Item]]]:
+    """The ways a class can look, per split."""
+    color, shape = CLASSES[label].split()
+    ways = [(layout, Item(size, color, shape)) for layout in _PLACES for size in SIZES]
+    ways.sort(key=lambda way: crc32(_captions(way[0], [way[1]])[0].encode()) % 10)  # 0 is a test caption, see _in_test
+    tested = max(_TEST_WAYS, sum(_in_test(layout, [item]) for layout, item in ways))
+    return {"train": ways[tested:], "test": ways[:tested]}
+
+
 # A drawn image takes 12 kB: the cache holds at most 150 MB.
 @lru_cache(maxsize=12_000)
-def _image(split: str, index: int) -> Image.Image:
-    return scene(split, index).draw()
+def _image(split: str, index: int, alone: bool) -> Image.Image:
+    return (single if alone else scene)(split, index).draw()
 
 
 class SceneImages(Sequence[Image.Image]):
-    """The images of the first `n` scenes of a split, drawn when asked for and kept while there is room."""
+    """The images of the first `n` scenes of a split, drawn when asked for and kept while there is room.
 
-    def __init__(self, split: str, n: int) -> None:
+    Args:
+        split: "train" or "test".
+        n: how many.
+        alone: scenes of a single object (see `single`).
+    """
+
+    def __init__(self, split: str, n: int, alone: bool = False) -> None:
         self.split = split
         self.n = n
+        self.alone = alone
 
     def __len__(self) -> int:
         return self.n
@@ -342,7 +381,7 @@ class SceneImages(Sequence[Image.Image]):
     def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self.n))]
-        return _image(self.split, range(self.n)[index]).copy()
+        return _image(self.split, range(self.n)[index], self.alone).copy()
 
 
 def scenes_captions(split: str, n: int) -> CaptionData:
@@ -373,3 +412,19 @@ def scenes_vqa(split: str, n: int) -> VqaData:
     asked = [(i, *pair) for i in range(scenes) for pair in scene(split, i).questions()][:n]
     questions = [Question(i, question, [answer]) for i, question, answer in asked]
     return VqaData("scenes", SceneImages(split, scenes), questions, list(ANSWERS))
+
+
+def scenes_classes(split: str, n: int) -> ClassData:
+    """Give scenes of a single object, whose colour and shape is their class, in turns of all 48 classes.
+
+    Args:
+        split: "train" or "test".
+        n: number of images.
+
+    Returns:
+        ClassData: its templates are captions of such scenes.
+    """
+    if split not in _SPLITS:
+        raise RequestError(f"the scenes have no split {split!r}: choose train or test")
+    labels = [i % len(CLASSES) for i in range(n)]
+    return ClassData("scenes", SceneImages(split, n, alone=True), labels, list(CLASSES), templates=TEMPLATES)

@@ -1,4 +1,4 @@
-"""What every reader returns: images opened on demand, with captions or with questions and answers."""
+"""What every reader returns: images opened on demand, with captions, with questions and answers, or with classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -92,6 +92,43 @@ class VqaData:
         place = {old: new for new, old in enumerate(indices)}
         questions = [replace(q, image=place[q.image]) for q in self.questions if q.image in place]
         return replace(self, images=_subset(self.images, indices), questions=questions)
+
+
+@dataclass(frozen=True)
+class ClassData:
+    """Images with one class each.
+
+    Attributes:
+        name: short name of the data set, for reports.
+        images: N images; indexing opens one as RGB.
+        labels: per image, the index of its class.
+        classes: names of the classes, as a person says them.
+        reasons: why records were skipped -> how many; empty unless broken records are skipped.
+        templates: texts with "{}" where the name of a class goes, if the data set has its own.
+    """
+
+    name: str
+    images: Sequence[Image.Image]
+    labels: list[int]
+    classes: list[str]
+    reasons: dict[str, int] = field(default_factory=dict)
+    templates: tuple[str, ...] = ()
+
+    @property
+    def skipped(self) -> int:
+        """Number of records left out because they were broken."""
+        return sum(self.reasons.values())
+
+    def keep(self, indices: Sequence[int]) -> "ClassData":
+        """Keep some of the images; the classes stay, even those without an image.
+
+        Args:
+            indices: the images to keep, in their new order.
+
+        Returns:
+            ClassData: of these images.
+        """
+        return replace(self, images=_subset(self.images, indices), labels=[self.labels[i] for i in indices])
 
 
 def _subset(images: Sequence[Image.Image], indices: Sequence[int]) -> Sequence[Image.Image]:

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from vlprune.data.captions import caption_split, is_caption_record, read_captions
+from vlprune.data.classes import read_classes, read_pair
 from vlprune.data.records import MissingSplitError, read_records
-from vlprune.data.scenes import QUESTIONS_PER_SCENE, scenes_captions, scenes_vqa
-from vlprune.data.sets import CaptionData, VqaData
+from vlprune.data.scenes import QUESTIONS_PER_SCENE, scenes_captions, scenes_classes, scenes_vqa
+from vlprune.data.sets import CaptionData, ClassData, VqaData
 from vlprune.data.vqa import is_vqa_record, read_vqa, vqa_split
 from vlprune.errors import RequestError
 
 
-TASKS = ("retrieval", "captioning", "vqa")
+TASKS = ("retrieval", "captioning", "vqa", "zero-shot", "classification")
 SPLITS = ("train", "test")
+_CLASS_TASKS = ("zero-shot", "classification")
 CAPTION_SOURCES = (
     "a folder with *train*.json and *test*.json (BLIP's caption JSON: image, caption), a folder with captions.jsonl, "
     "TRAIN.json,TEST.json, or one such file"
@@ -22,6 +24,10 @@ CAPTION_SOURCES = (
 VQA_SOURCES = (
     "a folder with *train*.json and *test*.json (BLIP's VQA JSON: image, question, answer), TRAIN.json,TEST.json, "
     "or one such file"
+)
+CLASS_SOURCES = (
+    "a folder with train/<class>/ and test/<class>/ (or val) of images, TRAIN_FOLDER,TEST_FOLDER, or, to be scored on "
+    "only, a folder with <class>/"
 )
 SCENES = {"train": 10_000, "test": 500}  # how many of the embedded scenes when no limit is given
 
@@ -32,20 +38,33 @@ _WORDS = {
 }
 
 
+def accepted(task: str) -> str:
+    """Say what a task reads.
+
+    Args:
+        task: one of `TASKS`.
+
+    Returns:
+        str: for messages.
+    """
+    return VQA_SOURCES if task == "vqa" else CLASS_SOURCES if task in _CLASS_TASKS else CAPTION_SOURCES
+
+
 def open_data(
     task: str, source: str, split: str, skip_broken: bool = False, limit: int | None = None
-) -> CaptionData | VqaData:
+) -> CaptionData | VqaData | ClassData:
     """Open a split of a data set for a task.
 
     Args:
-        task: "retrieval", "captioning" (both CaptionData) or "vqa" (VqaData).
-        source: "scenes" (embedded; "./scenes" is a folder), or one of `CAPTION_SOURCES` or `VQA_SOURCES`.
+        task: "retrieval", "captioning" (both CaptionData), "vqa" (VqaData), "zero-shot" or "classification" (both
+            ClassData).
+        source: "scenes" (embedded; "./scenes" is a folder), or one of `accepted(task)`.
         split: "train" or "test".
         skip_broken: leave broken records out and count them in `reasons`, instead of refusing the file.
         limit: at most this many images, or questions for vqa, from the start; of the embedded scenes exactly this many.
 
     Returns:
-        CaptionData | VqaData: images that exist but have not been decoded, see `check_images`.
+        CaptionData | VqaData | ClassData: images that exist but have not been decoded, see `check_images`.
 
     Raises:
         RequestError: there is no such task, split or source, it is broken, or it has no such split.
@@ -59,9 +78,14 @@ def open_data(
     if source == "scenes":
         if task == "vqa":
             return scenes_vqa(split, limit or SCENES[split] * QUESTIONS_PER_SCENE)
+        if task in _CLASS_TASKS:
+            return scenes_classes(split, limit or SCENES[split])
         return scenes_captions(split, limit or SCENES[split])
     if task == "vqa":
         return _first_questions(_open_vqa(source, split, skip_broken), limit)
+    if task in _CLASS_TASKS:
+        data = _open_classes(source, split, skip_broken)
+        return data if limit is None or limit >= len(data.images) else data.keep(range(limit))
     return _first_images(_open_captions(source, split, skip_broken), limit)
 
 
@@ -85,6 +109,29 @@ def open_calibration(source: str, skip_broken: bool = False, limit: int | None =
         assert isinstance(data, CaptionData)
         return data
     return _first_images(read_captions(path, None, skip_broken, records=_caption_records(path)), limit)
+
+
+def open_images(source: str, skip_broken: bool = False, limit: int | None = None) -> CaptionData | ClassData:
+    """Open images to calibrate a model with that reads no text: of class folders, of any folder, or with captions.
+
+    Args:
+        source: a folder with images by class (of its train split, if it has one) or with images only; or as for
+            `open_calibration`.
+        skip_broken: see `open_calibration`.
+        limit: see `open_calibration`.
+
+    Returns:
+        CaptionData | ClassData: images that exist but have not been decoded, see `check_images`.
+
+    Raises:
+        RequestError: there is no such source, or it is broken.
+    """
+    path = Path(source)
+    annotations = path.is_dir() and [p for p in path.glob("*.json*") if p.name != "classes.json"]
+    if source == "scenes" or not path.is_dir() or annotations:
+        return open_calibration(source, skip_broken, limit)
+    data = read_classes(path, None, skip_broken)
+    return data if limit is None or limit >= len(data.images) else data.keep(range(limit))
 
 
 def _first_images(data: CaptionData, limit: int | None) -> CaptionData:
@@ -130,6 +177,21 @@ def _open_vqa(source: str, split: str, skip_broken: bool) -> VqaData:
     records = _vqa_records(path)
     _must_be(split, vqa_split(records), path)
     return read_vqa(path, skip_broken, records=records)
+
+
+def _open_classes(source: str, split: str, skip_broken: bool) -> ClassData:
+    pair = _pair(source)
+    if pair:
+        train, test = (_folder(part) for part in pair)
+        return read_pair(train, train if split == "train" else test, train, train.resolve().name, skip_broken)
+    return read_classes(_folder(source), split, skip_broken)
+
+
+def _folder(source: str) -> Path:
+    path = _existing(source, CLASS_SOURCES)
+    if not path.is_dir():
+        raise RequestError(f"{source} is no folder of images by class: give {CLASS_SOURCES}")
+    return path
 
 
 def _pair(source: str) -> tuple[str, str] | None:
