@@ -28,6 +28,14 @@ def test_other_sections(report: dict[str, Any]) -> None:
     assert "- Processor: Some | processor, 2 threads\n- GPU: none" in text
 
 
+def test_a_disturbed_timing_gets_no_verdict(report: dict[str, Any]) -> None:
+    assert "marked disturbed" not in render_markdown(report)
+    report["throughput"][0] |= {"ratio_ci95": [0.9, 0.95], "note": "other processes disturbed 9 of 12 rounds"}
+    text = render_markdown(report)
+    assert "| 0.990 [0.900, 0.950] | disturbed |" in text
+    assert "Timings marked disturbed get no verdict" in text
+
+
 def test_unstructured_zeros_are_not_sold_as_speed(report: dict[str, Any]) -> None:
     sentence = "do not make standard ONNX operators faster"
     assert sentence in render_markdown(report)

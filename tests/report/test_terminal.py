@@ -22,6 +22,13 @@ def test_final_table(report: dict[str, Any]) -> None:
     assert "\x1b" not in text
 
 
+def test_a_disturbed_timing_gets_no_verdict(report: dict[str, Any]) -> None:
+    report["throughput"][0]["note"] = "other processes disturbed 9 of 12 rounds"
+    text = _print(report)
+    assert "no measurable difference" not in text
+    assert "disturbed" in text and "Timings marked disturbed get no verdict" in text
+
+
 def test_random_weights_show_no_score(report: dict[str, Any]) -> None:
     report["model"]["random_weights"] = True
     text = _print(report)

@@ -15,6 +15,7 @@ from vlprune.report.summary import (
     score_table,
     side_by_side,
     title,
+    verdict,
 )
 
 
@@ -149,7 +150,7 @@ def _throughput(report: Report) -> str:
                 f"{row['compressed']['p99_ms']:.2f}",
                 f"{row['compressed']['per_s']:,.1f}",
                 ratio(row),
-                row["verdict"],
+                verdict(row),
             ]
         )
     columns = ["variant", "graph", "run by", "batch", "dense p50 ms", "p50 ms", "p99 ms", "per s", "ratio", "verdict"]

@@ -38,6 +38,7 @@ INT8 = (
     "The dense graphs in dynamic int8 (by ONNX Runtime, weights of MatMul and Gemm) are measured beside packed ones; "
     "their files are not kept. Both are timed in turn with dense fp32: compare the ratios rather than the times."
 )
+DISTURBED = "Timings marked disturbed get no verdict: other processes took cores in too many rounds."
 RANDOM = "The weights are random: sizes and times mean something, accuracy does not, so none is shown."
 
 
@@ -143,10 +144,15 @@ def notes(report: Report) -> list[str]:
         report: a valid report.
 
     Returns:
-        list[str]: a paragraph on unstructured zeros, on packed graphs, on dynamic int8, as far as it has them.
+        list[str]: a paragraph on unstructured zeros, packed graphs, dynamic int8, disturbed timings, as far as it has
+            them.
     """
-    unstructured = any(variant["pattern"] == "unstructured" for variant in report["variants"])
-    said = {ZEROS: unstructured, PACKED: has_packed(report), INT8: has_int8(report)}
+    said = {
+        ZEROS: any(variant["pattern"] == "unstructured" for variant in report["variants"]),
+        PACKED: has_packed(report),
+        INT8: has_int8(report),
+        DISTURBED: any("note" in row for row in report["throughput"]),
+    }
     return [text for text, wanted in said.items() if wanted]
 
 
@@ -283,6 +289,18 @@ def ratio(row: Mapping[str, Any]) -> str:
     """
     low, high = row["ratio_ci95"]
     return f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Print the verdict of a timing.
+
+    Args:
+        row: of throughput.
+
+    Returns:
+        str: the verdict, or that the timing was disturbed too often for one.
+    """
+    return "disturbed" if "note" in row else str(row["verdict"])
 
 
 def _score(

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlprune.report.schema import Report
-from vlprune.report.summary import RANDOM, has_packed, notes, packing, ratio, score_table, side_by_side
+from vlprune.report.summary import RANDOM, has_packed, notes, packing, ratio, score_table, side_by_side, verdict
 
 
 def console() -> Console:
@@ -91,7 +91,7 @@ def print_report(report: Report, screen: Console | None = None) -> None:
             "dense ms": f"{row['dense']['p50_ms']:.2f}",
             "ms": f"{row['compressed']['p50_ms']:.2f}",
             "dense / compressed": ratio(row),
-            "verdict": row["verdict"],
+            "verdict": verdict(row),
         }
         for row in report["throughput"]
     ]
