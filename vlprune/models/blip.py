@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,8 +34,9 @@ from transformers.models.blip.modeling_blip_text import (
 from vlprune.errors import RequestError
 from vlprune.files import write_json
 from vlprune.models.attention import attend, mask_bias
-from vlprune.models.family import Batch, PrunableLayer, Source, State, Steps, Valid
+from vlprune.models.family import Batch, Group, PrunableLayer, Source, State, Steps, Tower, Valid
 from vlprune.models.processor import Processor
+from vlprune.structured.surgery import reshape, sizes, tell_depth
 
 
 KeysValues = list[tuple[Tensor, Tensor]]  # per layer: key and value, [B, H, S, K] each
@@ -46,6 +48,7 @@ TASK_PARTS = {
     "captioning": {"vision_model", "text_decoder"},
     "vqa": {"vision_model", "text_encoder", "text_decoder"},
 }
+_CROSS_INPUTS = {"encoder": ("input_ids", "attention_mask"), "decoder": ("decoder_ids", "decoder_mask")}
 ARCHITECTURES = {  # the Hugging Face class that reads a folder with exactly these parts
     "retrieval": "BlipForImageTextRetrieval",
     "captioning": "BlipForConditionalGeneration",
@@ -74,6 +77,14 @@ def tasks_of(parts: set[str]) -> tuple[str, ...]:
 class VisionAttention(BlipAttention):
     """Self-attention over image tokens whose head count and width are its own attributes."""
 
+    def set_units(self, shape: tuple[int, ...]) -> None:
+        """Tell how many heads of what width are left; the scale of the scores stays that of the original width.
+
+        Args:
+            shape: (H, K).
+        """
+        self.num_heads, self.head_dim = shape
+
     def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, None]:
         """Attend.
 
@@ -96,6 +107,15 @@ class TextAttention(BlipTextSelfAttention):
     def __init__(self, config: Any, is_cross_attention: bool) -> None:
         super().__init__(config, is_cross_attention)
         self.scale = 1 / math.sqrt(self.attention_head_size)
+
+    def set_units(self, shape: tuple[int, ...]) -> None:
+        """Tell how many heads of what width are left; the scale of the scores stays that of the original width.
+
+        Args:
+            shape: (H, K).
+        """
+        self.num_attention_heads, self.attention_head_size = shape
+        self.all_head_size = shape[0] * shape[1]
 
     def heads(self, states: Tensor) -> Tensor:
         """Split [B, S, H * K] into [B, H, S, K].
@@ -204,6 +224,14 @@ def _text_step(layer: Any, state: State) -> State:
     return {**state, "x": layer.feed_forward_chunk(x)}
 
 
+def _cross_step(layer: Any, state: State) -> State:
+    x, attention, cross = state["x"], layer.attention, layer.crossattention
+    x = attention.output(attention.self(x, *attention.self.keys_values(x), state["bias"]), x)
+    key, value = cross.self.keys_values(state["images"])
+    x = cross.output(cross.self(x, key[state["owner"]], value[state["owner"]], None), x)
+    return {**state, "x": layer.feed_forward_chunk(x)}
+
+
 class Blip(nn.Module):
     """BLIP with the parts a checkpoint has.
 
@@ -266,6 +294,8 @@ class Blip(nn.Module):
     def _sharable(self) -> list[tuple[nn.Module, nn.Module]]:
         """Pairs (encoder, decoder) of modules the pretraining model shares: all but self-attention."""
         if not {"text_encoder", "text_decoder"} <= self.parts:
+            return []
+        if len(self.text_encoder.encoder.layer) != len(self.text_decoder.bert.encoder.layer):
             return []
         pairs = []
         for (name, first), (_, second) in zip(
@@ -346,6 +376,75 @@ class Blip(nn.Module):
                     add(f"{prefix}.encoder.layer.{i}.{path}", layer.get_submodule(path), "text", "text")
         return list(found.values())
 
+    def groups(self) -> list[Group]:
+        """List the units that structured pruning may remove.
+
+        Returns:
+            list[Group]: vision first, then text, in order of execution; what encoder and decoder share is one group.
+        """
+        found: dict[int, Group] = {}
+
+        def add(name: str, kind: Any, tower: str, index: int, cross: bool, inner: Any, outer: nn.Linear) -> None:
+            module = self.get_submodule(name)
+            known = found.get(id(outer.weight))
+            if known is not None:
+                known = replace(known, names=(*known.names, name), modules=(*known.modules, module))
+                found[id(outer.weight)] = replace(known, inner=known.inner + inner, outer=(*known.outer, outer))
+                return
+            shape: tuple[int, ...] = (outer.in_features,)
+            if isinstance(module, VisionAttention):
+                shape = (module.num_heads, module.head_dim)
+            elif isinstance(module, TextAttention):
+                shape = (module.num_attention_heads, module.attention_head_size)
+            modality: Any = "vision" if tower == "vision" else "text"
+            found[id(outer.weight)] = Group(
+                name, (name,), kind, modality, tower, index, (module,), inner, (outer,), shape, cross
+            )
+
+        layer: Any
+        for i, layer in enumerate(self.vision_model.encoder.layers):
+            path, qkv = f"vision_model.encoder.layers.{i}", layer.self_attn.qkv
+            inner = tuple((qkv, part) for part in range(3))
+            add(f"{path}.self_attn", "attention", "vision", i, False, inner, layer.self_attn.projection)
+            add(f"{path}.mlp", "ffn", "vision", i, False, ((layer.mlp.fc1, 0),), layer.mlp.fc2)
+        names = self._text_names()
+        for prefix, tower in zip(("text_encoder", "text_decoder.bert"), names, strict=True):
+            if tower is None:
+                continue
+            stack: Any = self.get_submodule(f"{prefix}.encoder.layer")
+            for i, layer in enumerate(stack):
+                path = f"{prefix}.encoder.layer.{i}"
+                for block in ("attention", "crossattention"):
+                    own = layer.get_submodule(block)
+                    inner = tuple((linear, 0) for linear in (own.self.query, own.self.key, own.self.value))
+                    cross = block == "crossattention"
+                    add(f"{path}.{block}.self", "attention", tower, i, cross, inner, own.output.dense)
+                inner = ((layer.intermediate.dense, 0),)
+                add(f"{path}.intermediate", "ffn", tower, i, False, inner, layer.output.dense)
+        return list(found.values())
+
+    def towers(self) -> list[Tower]:
+        """List the stacks of layers that structured pruning may shorten.
+
+        Returns:
+            list[Tower]: "vision"; "text"; "decoder" where the decoder shares nothing with an encoder.
+        """
+        found = [Tower("vision", "vision", ("vision_model.encoder.layers",), len(self.vision_model.encoder.layers))]
+        stacks: dict[str, list[str]] = {}
+        for prefix, tower in zip(("text_encoder", "text_decoder.bert"), self._text_names(), strict=True):
+            if tower is not None:
+                stacks.setdefault(tower, []).append(f"{prefix}.encoder.layer")
+        for tower, paths in stacks.items():
+            stack: Any = self.get_submodule(paths[0])
+            found.append(Tower(tower, "text", tuple(paths), len(stack)))
+        return found
+
+    def _text_names(self) -> tuple[str | None, str | None]:
+        """Names of the towers that text encoder and decoder belong to, None for a part that is missing."""
+        encoder = "text" if "text_encoder" in self.parts else None
+        decoder = "text" if self.tied else "decoder"
+        return encoder, decoder if "text_decoder" in self.parts else None
+
     def calibrate(self, batch: Batch, valid: Valid) -> None:
         """Run one calibration batch: the unimodal encoders, the positive image-text match and the language model.
 
@@ -408,6 +507,42 @@ class Blip(nn.Module):
             [partial(_text_step, layer) for layer in self.text_encoder.encoder.layer],
             lambda state: F.normalize(self.text_proj(state["x"][:, 0]), dim=-1),
         )
+
+    def cross_tower(self, part: Literal["encoder", "decoder"]) -> Steps:
+        """Give a text tower with cross-attention in pieces (see `Steps`): how well does a caption fit an image?
+
+        Args:
+            part: "encoder" ends in the matching head's logit, "decoder" in the mean log-probability of the caption's
+                tokens.
+
+        Returns:
+            Steps: from a `caption_batch`, the image tower's "x" after its last layer as `image_x` [N, P, D] and the
+                image `owner` [B] of each caption, to scores [B].
+        """
+        encoder = part == "encoder"
+        text = self.text_encoder if encoder else self.text_decoder.bert
+
+        def start(batch: Batch) -> State:
+            ids, mask = (batch[name] for name in _CROSS_INPUTS[part])
+            x = text.embeddings(input_ids=self._first(ids, "enc") if encoder else ids)
+            allowed = mask[:, None, None, :]
+            if not encoder:
+                allowed = allowed * torch.ones(2 * ids.shape[1:], dtype=mask.dtype, device=x.device).tril()
+                mask = mask.clone()
+                mask[:, : int(batch["prompt_length"])] = 0  # the prompt is given
+            images = self.vision_model.post_layernorm(batch["image_x"])
+            state = {"x": x, "bias": mask_bias(allowed, x.dtype), "images": images, "owner": batch["owner"]}
+            return state if encoder else state | {"ids": ids, "counted": mask}
+
+        def finish(state: State) -> Tensor:
+            if encoder:
+                logits = self.itm_head(state["x"][:, 0])
+                return logits[:, 1] - logits[:, 0]
+            labels, counted = state["ids"][:, 1:], state["counted"][:, 1:]
+            logs = self.lm_logits(state["x"])[:, :-1].log_softmax(-1).gather(2, labels[:, :, None])[:, :, 0]
+            return (logs * counted).sum(1) / counted.sum(1)
+
+        return Steps(start, [partial(_cross_step, layer) for layer in text.encoder.layer], finish)
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
@@ -694,6 +829,7 @@ class Blip(nn.Module):
         if task != "retrieval" and hasattr(clone, "temp"):
             del clone.temp
         clone.tasks = (task,)
+        tell_depth(clone)
         return clone
 
     def save(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
@@ -719,11 +855,19 @@ class Blip(nn.Module):
             "random_weights": self.source.random_weights,
             "options": self.options,
         }
+        if smaller := sizes(self):
+            config["vlprune"]["sizes"] = smaller
         write_json(folder / "config.json", config)
         self.processor.save(folder)
 
 
-def build(config: BlipConfig, state: Mapping[str, Tensor], processor: Processor, source: Source) -> Blip:
+def build(
+    config: BlipConfig,
+    state: Mapping[str, Tensor],
+    processor: Processor,
+    source: Source,
+    smaller: Mapping[str, Sequence[int]] | None = None,
+) -> Blip:
     """Make a model from a state dict in Hugging Face names.
 
     Args:
@@ -731,6 +875,7 @@ def build(config: BlipConfig, state: Mapping[str, Tensor], processor: Processor,
         state: tensors; keys outside BLIP's parts (momentum copies, queues) are left out.
         processor: tokenizer and preprocessing; its image size decides, position embeddings are interpolated to it.
         source: for the report.
+        smaller: what was cut, as `vlprune.structured.sizes` lists it and `checked_sizes` let pass.
 
     Returns:
         Blip: in eval mode, float32, weights shared where the checkpoint's copies are bit-equal.
@@ -752,7 +897,7 @@ def build(config: BlipConfig, state: Mapping[str, Tensor], processor: Processor,
         wanted.setdefault(head + "decoder.weight", wanted[words])
         if head + "bias" in wanted:
             wanted.setdefault(head + "decoder.bias", wanted[head + "bias"])
-    _check_config(config, wanted, source.checkpoint)
+    _check_config(config, wanted, source.checkpoint, smaller or {})
     _resize_positions(wanted, config, processor.image_size, source.checkpoint)
     try:
         with torch.device("meta"):
@@ -760,6 +905,11 @@ def build(config: BlipConfig, state: Mapping[str, Tensor], processor: Processor,
     except Exception as error:  # transformers raises many kinds for a broken config
         why = str(error).split("\n")[0] or type(error).__name__
         raise RequestError(f"{source.checkpoint}: unusable config ({why})") from error
+    if smaller:
+        try:
+            reshape(model, smaller)
+        except RequestError as error:
+            raise RequestError(f"{source.checkpoint}: {error}") from error
     expected = model.state_dict()
     if "temp" in expected:
         wanted.setdefault("temp", torch.tensor(0.07))
@@ -778,7 +928,9 @@ def build(config: BlipConfig, state: Mapping[str, Tensor], processor: Processor,
     return _finish(model)
 
 
-def _check_config(config: BlipConfig, state: Mapping[str, Tensor], checkpoint: str) -> None:
+def _check_config(
+    config: BlipConfig, state: Mapping[str, Tensor], checkpoint: str, smaller: Mapping[str, Sequence[int]]
+) -> None:
     """Refuse sizes that are none, or that would build more than the checkpoint holds."""
     vision, text = config.vision_config, config.text_config
     common = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -801,18 +953,22 @@ def _check_config(config: BlipConfig, state: Mapping[str, Tensor], checkpoint: s
             raise RequestError(
                 f"{checkpoint}: {where} has layer_norm_eps = {part.layer_norm_eps!r:.40}, no small number"
             )
-    for prefix, part in (
-        ("vision_model.encoder.layers.", vision),
-        ("text_encoder.encoder.layer.", text),
-        ("text_decoder.bert.encoder.layer.", text),
+    deepest: dict[str, int] = {}
+    for prefix, part, where in (
+        ("vision_model.encoder.layers.", vision, "vision_config"),
+        ("text_encoder.encoder.layer.", text, "text_config"),
+        ("text_decoder.bert.encoder.layer.", text, "text_config"),
     ):
         if not any(key.startswith(prefix.split(".")[0]) for key in state):
             continue
         held = len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
-        if held != part.num_hidden_layers:
-            raise RequestError(
-                f"{checkpoint} holds {held} layers under {prefix[:-1]}, its config says {part.num_hidden_layers}"
-            )
+        deepest[where] = max(deepest.get(where, 0), held)
+        depth = smaller.get(prefix[:-1], [part.num_hidden_layers])[0]
+        if held != depth:
+            raise RequestError(f"{checkpoint} holds {held} layers under {prefix[:-1]}, its config says {depth}")
+    for part, where in ((vision, "vision_config"), (text, "text_config")):
+        if deepest.get(where, part.num_hidden_layers) != part.num_hidden_layers:
+            raise RequestError(f"{checkpoint} holds {deepest[where]} layers, its {where} says {part.num_hidden_layers}")
 
 
 def _finish(model: Blip, share: bool = False) -> Blip:

@@ -83,6 +83,7 @@ class Group:
             number: (qkv, 0), (qkv, 1), (qkv, 2), or (query, 0), (key, 0), (value, 0), or (fc1, 0).
         outer: Linears of all uses whose columns are units: the projection, or fc2.
         shape: (H, K) or (N,), as the Linears are now.
+        cross: True for an attention whose keys and values read another tower.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Group:
     inner: tuple[tuple[nn.Linear, int], ...]
     outer: tuple[nn.Linear, ...]
     shape: tuple[int, ...]
+    cross: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from vlprune.models.blip import Blip
 from vlprune.models.family import Model, Source
 from vlprune.models.processor import Processor, load_tokenizer, read_preprocessor
 from vlprune.progress import task
+from vlprune.structured.surgery import checked_sizes
 
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -118,7 +119,8 @@ def load_folder(folder: Path, name: str, image_size: int | None) -> Model:
         text.enc_token_id,
         **read_preprocessor(folder),
     )
-    model = blip.build(config, state, processor, source)
+    smaller = checked_sizes(extra.get("sizes"), f"{folder}/config.json")
+    model = blip.build(config, state, processor, source, smaller)
     model.options = _options(extra.get("options", {}), folder)
     return model
 

@@ -69,7 +69,7 @@ def save_masks(path: Path | str, pruned: Pruned, metadata: Mapping[str, Any]) ->
     Raises:
         RequestError: one of these is missing or of a wrong type.
     """
-    metadata = _check_metadata(Path(path), metadata)
+    metadata = check_metadata(Path(path), metadata)
     if stray := pruned.weights.keys() - pruned.masks.keys():
         raise RequestError(f"layer {min(stray)!r} has a new weight but no mask: give it one")
     tensors = {f"mask/{name}": torch.from_numpy(pack(mask)) for name, mask in pruned.masks.items()}
@@ -93,7 +93,7 @@ def load_masks(path: Path | str, expected: Mapping[str, Sequence[int]] | None = 
     """
     path = Path(path)
     with tensorfile.opened(path, KIND) as file:
-        metadata = _check_metadata(path, file.header.get("metadata"))
+        metadata = check_metadata(path, file.header.get("metadata"))
         shapes = _checked_shapes(path, file.header.get("shapes"))
         if expected is not None:
             _check_expected(path, shapes, {name: tuple(shape) for name, shape in expected.items()})
@@ -141,12 +141,24 @@ def sparsity_summary(masks: Mapping[str, Tensor], modality_of: Mapping[str, str]
     }
 
 
-def _check_metadata(path: Path, metadata: Any) -> dict[str, Any]:
+def check_metadata(path: Path, metadata: Any) -> dict[str, Any]:
+    """Refuse metadata that lack what made the masks; also used for plans of structured methods.
+
+    Args:
+        path: the file, for messages.
+        metadata: what was read, or is to be written.
+
+    Returns:
+        dict[str, Any]: a copy.
+
+    Raises:
+        RequestError: an entry is missing or of a wrong type.
+    """
     if not isinstance(metadata, Mapping):
-        raise RequestError(f"{path}: the masks' metadata is no JSON object: make it again")
+        raise RequestError(f"{path}: the metadata is no JSON object: make it again")
     for key, sound in _METADATA_CHECKS.items():
         if not sound(metadata.get(key)):
-            raise RequestError(f"{path}: the masks' metadata has {key} = {metadata.get(key)!r:.60}: make it again")
+            raise RequestError(f"{path}: the metadata has {key} = {metadata.get(key)!r:.60}: make it again")
     return dict(metadata)
 
 
