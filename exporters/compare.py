@@ -101,7 +101,7 @@ def compare(
         return expected
 
     if not len(data.questions if isinstance(data, VqaData) else data.captions):
-        raise RequestError(f"{data.name} has no samples to compare the graphs on: check its file or --limit")
+        raise RequestError(f"{data.name} has no samples to compare the graphs on: check its file")
     images, texts = _samples(data, sum(BATCHES))
     start = 0
     for size in BATCHES:

@@ -1,8 +1,16 @@
 """Every option of every verb, written down: an option that appears, vanishes or is renamed must be changed here too."""
 
+import ast
+import re
+from pathlib import Path
+
 import typer
 
 from vlprune.cli.main import app
+
+
+ROOT = Path(__file__).parents[2]
+OF_OTHERS = {"--force-reinstall", "--format", "--no-cache-dir", "--no-deps", "--query-gpu"}  # of pip and nvidia-smi
 
 
 FROZEN = {
@@ -130,3 +138,16 @@ def test_every_option_is_explained_and_every_verb_has_an_example() -> None:
         assert f"vlprune {name} " in command.help or f"vlprune {name}\n" in command.help + "\n"
         for parameter in command.params:
             assert parameter.help, f"{name} {parameter.opts}"
+
+
+def test_messages_name_only_options_that_exist() -> None:
+    known = {option.split("/")[0] for options in FROZEN.values() for option in options}
+    known |= {"--version", "--debug", "--help"} | OF_OTHERS
+    named = {}
+    for file in (path for folder in ("vlprune", "cli", "exporters") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = re.findall(r"(?<![\w-])--[a-z][a-z-]*", node.value)
+                named |= dict.fromkeys(found, f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert {"--output", "--pack", "--seconds"} <= named.keys()
+    assert {option: place for option, place in named.items() if option not in known} == {}

@@ -94,5 +94,5 @@ def evaluate(
     """
     chosen = get_task(task)
     if not len(data.questions if task == "vqa" else data.captions):
-        raise RequestError(f"{data.name} has no samples to score {task} on: check its file or --limit")
+        raise RequestError(f"{data.name} has no samples to score {task} on: check its file")
     return chosen.evaluate(graphs, spec, processor, data, batch_size=batch_size, seed=seed)
