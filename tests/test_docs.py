@@ -1,4 +1,4 @@
-"""The examples in docs/ run, and say what happens."""
+"""The examples in README.md and docs/ run, and say what happens."""
 
 import doctest
 import json
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,15 +17,23 @@ from vlprune.exporters.pack import is_packed, pack
 from vlprune.runtime import operators
 
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+SPARSE = ROOT / "docs" / "sparse.md"
 SIDE, WIDTH = 8, 64  # pixels; outputs
 
 
 def test_layout_example() -> None:
-    text = (DOCS / "sparse.md").read_text(encoding="utf-8")
+    text = SPARSE.read_text(encoding="utf-8")
     examples = doctest.DocTestParser().get_doctest(text, {}, "sparse.md", "sparse.md", 0)
     assert len(examples.examples) >= 6
     assert doctest.DocTestRunner().run(examples).failed == 0
+
+
+def test_readme_example() -> None:
+    names: dict[str, Any] = {}
+    exec(example(ROOT / "README.md"), names)
+    (mask,) = names["pruned"].masks.values()
+    assert mask.shape == names["weight"].shape and int((~mask).sum()) == round(0.9 * mask.numel())
 
 
 @pytest.mark.skipif(not operators.available(), reason="the operator library is not built")
@@ -36,7 +45,7 @@ def test_example_runs_without_this_package(tmp_path: Path) -> None:
     image = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     np.save(tmp_path / "image.npy", image)
 
-    code = example("sparse.md")
+    code = example(SPARSE)
     assert len(code.strip().splitlines()) <= 22
     check = (
         "\nassert not {'vlprune', 'onnx', 'torch', 'transformers'} & set(sys.modules)"
@@ -51,9 +60,9 @@ def test_example_runs_without_this_package(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), pixels @ weight + bias, rtol=1e-4, atol=1e-4)
 
 
-def example(name: str) -> str:
+def example(document: Path) -> str:
     """The block that a comment in the document announces."""
-    text = (DOCS / name).read_text(encoding="utf-8")
+    text = document.read_text(encoding="utf-8")
     found = re.search(r"<!-- tests/test_docs.py runs this block -->\n```python\n(.*?)```", text, re.DOTALL)
     assert found is not None
     return found[1]
