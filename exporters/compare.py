@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlprune.data.sets import CaptionData, VqaData
+from vlprune.data.sets import ClassData, Data, VqaData
 from vlprune.errors import MachineError, RequestError
 from vlprune.runtime.generate import Arrays, Graph
 
@@ -69,7 +69,7 @@ def compare(
     exported: Mapping[str, Graph],
     spec: Mapping[str, Any],
     processor: Any,
-    data: CaptionData | VqaData,
+    data: Data,
     tolerance: float = 1e-4,
 ) -> dict[str, Difference]:
     """Compare all graphs of a task.
@@ -100,7 +100,7 @@ def compare(
                 raise MachineError(f"{name}.onnx gives {error} in {output}: it is not used") from error
         return expected
 
-    if not len(data.questions if isinstance(data, VqaData) else data.captions):
+    if not data.samples:
         raise RequestError(f"{data.name} has no samples to compare the graphs on: check its file")
     images, texts = _samples(data, sum(BATCHES))
     start = 0
@@ -117,12 +117,14 @@ def compare(
     return differences
 
 
-def _samples(data: CaptionData | VqaData, total: int) -> tuple[list[Any], list[str]]:
+def _samples(data: Data, total: int) -> tuple[list[Any], list[str]]:
     """Take images with one text each, evenly over the data; small data sets repeat."""
     if isinstance(data, VqaData):
         asked = [data.questions[i] for i in np.linspace(0, len(data.questions) - 1, total).astype(int)]
         return [data.images[q.image] for q in asked], [q.question for q in asked]
-    rows = np.linspace(0, len(data.captions) - 1, total).astype(int)
+    rows = np.linspace(0, data.samples - 1, total).astype(int)
+    if isinstance(data, ClassData):
+        return [data.images[int(i)] for i in rows], [f"a photo of a {data.classes[data.labels[i]]}." for i in rows]
     return [data.images[int(i)] for i in rows], [data.captions[i][0] for i in rows]
 
 
@@ -157,6 +159,15 @@ def _vqa(run: Run, spec: Mapping[str, Any], processor: Any, pixels: np.ndarray, 
     _decode(run, spec, {**cross, "cross_mask": inputs["attention_mask"]}, _texts(spec, processor, texts, "dec"))
 
 
+def _zero_shot(run: Run, spec: Mapping[str, Any], processor: Any, pixels: np.ndarray, texts: list[str]) -> None:
+    run("image_encoder", {"pixel_values": pixels})
+    run("text_encoder", _texts(spec, processor, texts, "cls"))
+
+
+def _classification(run: Run, spec: Mapping[str, Any], processor: Any, pixels: np.ndarray, texts: list[str]) -> None:
+    run("image_classifier", {"pixel_values": pixels})
+
+
 def _decode(run: Run, spec: Mapping[str, Any], cross: Arrays, inputs: Arrays) -> None:
     """Read texts at once, and again in steps."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -175,4 +186,10 @@ def _decode(run: Run, spec: Mapping[str, Any], cross: Arrays, inputs: Arrays) ->
             start = min(int(end), ids.shape[1])
 
 
-_TASKS = {"retrieval": _retrieval, "captioning": _captioning, "vqa": _vqa}
+_TASKS = {
+    "retrieval": _retrieval,
+    "captioning": _captioning,
+    "vqa": _vqa,
+    "zero-shot": _zero_shot,
+    "classification": _classification,
+}

@@ -19,7 +19,7 @@ from optimum.exporters.onnx import OnnxConfig, export_models, validate_models_ou
 from optimum.utils import DummyInputGenerator, NormalizedConfig
 
 from vlprune import __version__
-from vlprune.data.sets import CaptionData, VqaData
+from vlprune.data.sets import Data
 from vlprune.errors import MachineError, RequestError
 from vlprune.exporters.compare import compare
 from vlprune.exporters.graphs import INTEGERS, Axes, Graph, as_function, nest
@@ -90,7 +90,7 @@ def export(
     task: str,
     spec: Mapping[str, Any],
     folder: Path,
-    data: CaptionData | VqaData,
+    data: Data,
     *,
     variant: str = "dense",
     opset: int = 18,

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from vlprune.data.sets import CaptionData, VqaData
+from vlprune.data.sets import Data
 from vlprune.errors import RequestError
 from vlprune.exporters.compare import compare
 from vlprune.exporters.graphs import as_function
@@ -27,7 +27,7 @@ def pack_task(
     model: Model,
     plain: Path,
     folder: Path,
-    data: CaptionData | VqaData,
+    data: Data,
     *,
     values: str,
     target: str,

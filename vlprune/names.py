@@ -10,7 +10,7 @@ from vlprune.errors import RequestError
 
 
 METHODS = ("multiflow", "omp", "local-magnitude", "modal-magnitude", "l2", "lamp", "random")
-TASKS = ("retrieval", "captioning", "vqa")
+TASKS = ("retrieval", "captioning", "vqa", "zero-shot", "classification")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 PACKINGS = ("none", "sparse")
 PACKED_VALUES = ("fp32", "fp16")

@@ -3,7 +3,7 @@
 from vlprune.data.check import check_images
 from vlprune.data.classes import match_labels
 from vlprune.data.records import MissingSplitError, skipped_text
-from vlprune.data.sets import CaptionData, ClassData, Question, VqaData
+from vlprune.data.sets import KINDS, CaptionData, ClassData, Data, Question, VqaData
 from vlprune.data.sources import (
     CAPTION_SOURCES,
     CLASS_SOURCES,
@@ -18,9 +18,11 @@ from vlprune.data.sources import (
 __all__ = [
     "CAPTION_SOURCES",
     "CLASS_SOURCES",
+    "KINDS",
     "VQA_SOURCES",
     "CaptionData",
     "ClassData",
+    "Data",
     "MissingSplitError",
     "Question",
     "VqaData",

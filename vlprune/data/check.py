@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from vlprune.data.images import BrokenImageError, ImageFiles, load_image
-from vlprune.data.sets import CaptionData, ClassData, VqaData
+from vlprune.data.sets import Data
 from vlprune.errors import RequestError
 from vlprune.progress import track
 
 
-Data = TypeVar("Data", bound=CaptionData | VqaData | ClassData)
+D = TypeVar("D", bound=Data)
 
 
-def check_images(data: Data, skip_broken: bool = False) -> Data:
+def check_images(data: D, skip_broken: bool = False) -> D:
     """Decode every image once, so that a broken one is found now and not in the middle of the work.
 
     Only decoding finds a truncated file. JPEGs are decoded at an eighth of their size (all bytes are still read), on as
@@ -27,7 +27,7 @@ def check_images(data: Data, skip_broken: bool = False) -> Data:
         skip_broken: leave broken images out, with their captions and questions, and count them in `reasons`.
 
     Returns:
-        Data: the data set itself when nothing is broken, else one without the broken images.
+        D: the data set itself when nothing is broken, else one without the broken images.
 
     Raises:
         RequestError: an image is broken, or, when these are skipped, all are.
@@ -52,7 +52,7 @@ def check_images(data: Data, skip_broken: bool = False) -> Data:
     if not good:
         raise RequestError(f"{images.source}: all {len(images)} images are broken: correct them")
     reasons = Counter(data.reasons) + Counter({"broken image": len(images) - len(good)})
-    return cast(Data, replace(data.keep(good), reasons=dict(reasons)))
+    return cast(D, replace(data.keep(good), reasons=dict(reasons)))
 
 
 def _why_broken(path: Path) -> str | None:

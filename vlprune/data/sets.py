@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from PIL import Image
 
@@ -23,6 +24,13 @@ class CaptionData:
     images: Sequence[Image.Image]
     captions: list[list[str]]
     reasons: dict[str, int] = field(default_factory=dict)
+
+    holds: ClassVar[str] = "captions"
+
+    @property
+    def samples(self) -> int:
+        """Number of images, which are scored one by one."""
+        return len(self.captions)
 
     @property
     def skipped(self) -> int:
@@ -75,6 +83,13 @@ class VqaData:
     answer_list: list[str] | None
     reasons: dict[str, int] = field(default_factory=dict)
 
+    holds: ClassVar[str] = "questions"
+
+    @property
+    def samples(self) -> int:
+        """Number of questions, which are scored one by one."""
+        return len(self.questions)
+
     @property
     def skipped(self) -> int:
         """Number of records left out because they were broken."""
@@ -114,6 +129,13 @@ class ClassData:
     reasons: dict[str, int] = field(default_factory=dict)
     templates: tuple[str, ...] = ()
 
+    holds: ClassVar[str] = "classes"
+
+    @property
+    def samples(self) -> int:
+        """Number of images, which are scored one by one."""
+        return len(self.labels)
+
     @property
     def skipped(self) -> int:
         """Number of records left out because they were broken."""
@@ -129,6 +151,16 @@ class ClassData:
             ClassData: of these images.
         """
         return replace(self, images=_subset(self.images, indices), labels=[self.labels[i] for i in indices])
+
+
+Data = CaptionData | VqaData | ClassData
+KINDS: dict[str, type[Data]] = {  # what a task reads
+    "retrieval": CaptionData,
+    "captioning": CaptionData,
+    "vqa": VqaData,
+    "zero-shot": ClassData,
+    "classification": ClassData,
+}
 
 
 def _subset(images: Sequence[Image.Image], indices: Sequence[int]) -> Sequence[Image.Image]:

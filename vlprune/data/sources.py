@@ -9,14 +9,12 @@ from vlprune.data.captions import caption_split, is_caption_record, read_caption
 from vlprune.data.classes import read_classes, read_pair
 from vlprune.data.records import MissingSplitError, read_records
 from vlprune.data.scenes import QUESTIONS_PER_SCENE, scenes_captions, scenes_classes, scenes_vqa
-from vlprune.data.sets import CaptionData, ClassData, VqaData
+from vlprune.data.sets import KINDS, CaptionData, ClassData, Data, VqaData
 from vlprune.data.vqa import is_vqa_record, read_vqa, vqa_split
 from vlprune.errors import RequestError
 
 
-TASKS = ("retrieval", "captioning", "vqa", "zero-shot", "classification")
 SPLITS = ("train", "test")
-_CLASS_TASKS = ("zero-shot", "classification")
 CAPTION_SOURCES = (
     "a folder with *train*.json and *test*.json (BLIP's caption JSON: image, caption), a folder with captions.jsonl, "
     "TRAIN.json,TEST.json, or one such file"
@@ -42,48 +40,45 @@ def accepted(task: str) -> str:
     """Say what a task reads.
 
     Args:
-        task: one of `TASKS`.
+        task: one of `KINDS`.
 
     Returns:
         str: for messages.
     """
-    return VQA_SOURCES if task == "vqa" else CLASS_SOURCES if task in _CLASS_TASKS else CAPTION_SOURCES
+    return {VqaData: VQA_SOURCES, ClassData: CLASS_SOURCES, CaptionData: CAPTION_SOURCES}[KINDS[task]]
 
 
-def open_data(
-    task: str, source: str, split: str, skip_broken: bool = False, limit: int | None = None
-) -> CaptionData | VqaData | ClassData:
+def open_data(task: str, source: str, split: str, skip_broken: bool = False, limit: int | None = None) -> Data:
     """Open a split of a data set for a task.
 
     Args:
-        task: "retrieval", "captioning" (both CaptionData), "vqa" (VqaData), "zero-shot" or "classification" (both
-            ClassData).
+        task: one of `KINDS`, which tells what it reads.
         source: "scenes" (embedded; "./scenes" is a folder), or one of `accepted(task)`.
         split: "train" or "test".
         skip_broken: leave broken records out and count them in `reasons`, instead of refusing the file.
         limit: at most this many images, or questions for vqa, from the start; of the embedded scenes exactly this many.
 
     Returns:
-        CaptionData | VqaData | ClassData: images that exist but have not been decoded, see `check_images`.
+        Data: images that exist but have not been decoded, see `check_images`.
 
     Raises:
         RequestError: there is no such task, split or source, it is broken, or it has no such split.
     """
-    if task not in TASKS:
-        raise RequestError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
+    if task not in KINDS:
+        raise RequestError(f"unknown task {task!r}: choose from {', '.join(KINDS)}")
     if split not in SPLITS:
         raise RequestError(f"unknown split {split!r}: choose train or test")
     if limit is not None and limit < 1:
         raise RequestError(f"a limit of {limit} leaves no data: give at least 1")
     if source == "scenes":
-        if task == "vqa":
+        if KINDS[task] is VqaData:
             return scenes_vqa(split, limit or SCENES[split] * QUESTIONS_PER_SCENE)
-        if task in _CLASS_TASKS:
+        if KINDS[task] is ClassData:
             return scenes_classes(split, limit or SCENES[split])
         return scenes_captions(split, limit or SCENES[split])
-    if task == "vqa":
+    if KINDS[task] is VqaData:
         return _first_questions(_open_vqa(source, split, skip_broken), limit)
-    if task in _CLASS_TASKS:
+    if KINDS[task] is ClassData:
         data = _open_classes(source, split, skip_broken)
         return data if limit is None or limit >= len(data.images) else data.keep(range(limit))
     return _first_images(_open_captions(source, split, skip_broken), limit)

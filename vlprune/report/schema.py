@@ -79,7 +79,7 @@ class Metrics(TypedDict):
 
     Attributes:
         variant: a variant's id.
-        task: "retrieval", "captioning", "vqa".
+        task: a name of `vlprune.tasks.TASKS`.
         dataset: name of the test data.
         n: number of test samples (images, or questions).
         runtime: what computed the outputs.

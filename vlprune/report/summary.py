@@ -8,7 +8,13 @@ from vlprune.report.schema import Metrics, Report, Variant
 
 
 # The metrics that stand for a task in short tables; other tasks show their first one.
-HEADLINES = {"retrieval": ("i2t_r1", "t2i_r1"), "captioning": ("cider",), "vqa": ("accuracy",)}
+HEADLINES = {
+    "retrieval": ("i2t_r1", "t2i_r1"),
+    "captioning": ("cider",),
+    "vqa": ("accuracy",),
+    "zero-shot": ("top1",),
+    "classification": ("top1",),
+}
 
 TITLES = {
     "i2t_r1": "text R@1",
@@ -21,6 +27,8 @@ TITLES = {
     "cider": "CIDEr",
     "exact": "exact match",
     "accuracy": "accuracy",
+    "top1": "top-1",
+    "top5": "top-5",
 } | {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}
 
 DENSE = ("dense-finetuned", "dense")  # the variant that exported graphs are held against: the first there is

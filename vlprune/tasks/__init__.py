@@ -1,4 +1,4 @@
-"""The tasks a model is scored on: retrieval, captioning, question answering.
+"""The tasks a model is scored on: retrieval, captioning, question answering, classification.
 
 Evaluation sees only graphs (callables from named arrays to named arrays), so the same code scores PyTorch modules and
 exported ONNX files.
@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from vlprune.errors import RequestError
-from vlprune.tasks import captioning, retrieval, vqa
+from vlprune.tasks import captioning, classification, retrieval, vqa, zero_shot
 from vlprune.tasks.common import Graphs, Processor, Spec
 from vlprune.tasks.metrics import Scores
 
@@ -46,6 +46,20 @@ TASKS = {
         ),
         Task("captioning", "describe an image", "cider", captioning.make_spec, captioning.evaluate),
         Task("vqa", "answer a question about an image", "accuracy", vqa.make_spec, vqa.evaluate),
+        Task(
+            "zero-shot",
+            "tell the class of an image from the classes' names",
+            "top1",
+            zero_shot.make_spec,
+            zero_shot.evaluate,
+        ),
+        Task(
+            "classification",
+            "tell which of the classes it was trained on an image is of",
+            "top1",
+            classification.make_spec,
+            classification.evaluate,
+        ),
     )
 }
 PRIMARY = {task.name: task.primary for task in TASKS.values()}
@@ -82,7 +96,7 @@ def evaluate(
         graphs: the graphs of the task, by name.
         spec: its task.json.
         processor: turns images and texts into model inputs.
-        data: CaptionData (retrieval, captioning) or VqaData (vqa).
+        data: what the task reads, see `vlprune.data.KINDS`.
         batch_size: samples per call of a graph.
         seed: of the bootstrap.
 
@@ -93,6 +107,6 @@ def evaluate(
         RequestError: unknown task, or no samples.
     """
     chosen = get_task(task)
-    if not len(data.questions if task == "vqa" else data.captions):
+    if not data.samples:
         raise RequestError(f"{data.name} has no samples to score {task} on: check its file")
     return chosen.evaluate(graphs, spec, processor, data, batch_size=batch_size, seed=seed)

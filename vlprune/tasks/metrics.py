@@ -7,6 +7,7 @@ bleu_1 .. bleu_4         corpus BLEU, 0 to 1 (Papineni et al., 2002, as in pycoc
 cider                    CIDEr-D, 0 to 10: "133.3" in papers is 1.333 (Vedantam et al., 2015, as in pycocoevalcap)
 exact                    share of captions equal, word for word, to a reference
 accuracy                 official VQA accuracy, 0 to 1
+top1, top5               share of images whose class is the best, or among the best 5
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -153,6 +154,22 @@ def recall_scores(image_ranks: np.ndarray, text_ranks: np.ndarray, owners: np.nd
 
     names = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in RECALL_AT]
     return _scores([*names, "mean_r1"], sums, recalls, images, seed)
+
+
+def class_scores(ranks: np.ndarray, classes: int, seed: int = 0) -> Scores:
+    """Top-1 and top-5 accuracy; intervals resample images.
+
+    Args:
+        ranks: int [N], per image the rank of its class (1 = first).
+        classes: how many there are to choose from.
+        seed: of the bootstrap.
+
+    Returns:
+        Scores: top1 and, where it is not 1 anyway, top5, without outputs.
+    """
+    tops = [k for k in (1, 5) if k == 1 or k < classes]
+    sums = np.column_stack([*(ranks <= k for k in tops), np.ones(len(ranks))]).astype(float)
+    return _scores([f"top{k}" for k in tops], sums, lambda total: total[:, :-1] / total[:, -1:], len(ranks), seed)
 
 
 def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]], seed: int = 0) -> Scores:

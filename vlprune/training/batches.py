@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlprune.data.sets import CaptionData, VqaData
+from vlprune.data.classes import match_labels
+from vlprune.data.sets import ClassData, Data, VqaData
 from vlprune.models.family import Batch, Model
+from vlprune.tasks.zero_shot import TEMPLATES
 
 
 _Ordered = list[tuple[int, Future[np.ndarray] | None]]  # images and what reads them, None = in memory already
@@ -30,16 +32,22 @@ class Batches:
         steps: which steps.
     """
 
-    def __init__(self, model: Model, data: CaptionData | VqaData, size: int, seed: int, steps: range) -> None:
+    def __init__(self, model: Model, data: Data, size: int, seed: int, steps: range) -> None:
         self.model: Any = model  # which batches a family makes depends on its tasks
         self.data = data
         self.size = size
         self.seed = seed
         self.steps = steps
         self.images = _Images(model, data.images)
-        self.per_pass = len(data.questions if isinstance(data, VqaData) else data.captions) // self.size
+        self.per_pass = data.samples // self.size
         self.pass_number, self.order = -1, np.empty(0, np.int64)
+        self.place = match_labels(model.labels, data) if isinstance(data, ClassData) and self.classifies else []
         self.offsets = np.random.default_rng([self.seed, 2**32 - 1]).integers(2**31, size=len(data.images))
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model learns classes by number, not by name."""
+        return "classification" in self.model.tasks
 
     def __enter__(self) -> Iterator[Batch]:
         return self._run()
@@ -69,7 +77,7 @@ class Batches:
     def _order(self, generator: np.random.Generator) -> np.ndarray:
         """Shuffle the images, or the questions in groups of a few about the same image."""
         if not isinstance(self.data, VqaData):
-            return generator.permutation(len(self.data.captions))
+            return generator.permutation(self.data.samples)
         images = np.array([question.image for question in self.data.questions])
         shuffled = generator.permutation(len(images))
         by_image = shuffled[np.argsort(images[shuffled], kind="stable")]
@@ -90,12 +98,22 @@ class Batches:
             where = np.searchsorted(self._shown(rows), [question.image for question in questions])
             texts, answers = [q.question for q in questions], [q.answers for q in questions]
             return self.model.vqa_batch(pixels, where.tolist(), texts, answers)
+        if isinstance(self.data, ClassData) and self.classifies:
+            return self.model.class_batch(pixels, [self.place[self.data.labels[row]] for row in rows])
         # Pass by pass an image goes through its captions in a circle, each image from a place of its own.
         number = step // self.per_pass
-        captions = [self.data.captions[row] for row in rows]
         turns = (self.offsets[rows] + number).tolist()
-        texts = [given[turn % len(given)] for given, turn in zip(captions, turns, strict=True)]
-        return self.model.caption_batch(pixels, texts, rows.tolist())
+        texts = [given[turn % len(given)] for given, turn in zip(map(self._captions, rows), turns, strict=True)]
+        # Texts of one class are true of all its images.
+        owners = [self.data.labels[row] for row in rows] if isinstance(self.data, ClassData) else rows.tolist()
+        return self.model.caption_batch(pixels, texts, owners)
+
+    def _captions(self, row: int) -> list[str]:
+        if isinstance(self.data, ClassData):
+            name = self.data.classes[self.data.labels[row]]
+            return [template.replace("{}", name) for template in self.data.templates or TEMPLATES]
+        assert not isinstance(self.data, VqaData)
+        return self.data.captions[row]
 
 
 class _Images:

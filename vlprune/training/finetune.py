@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlprune import names
-from vlprune.data.sets import CaptionData, VqaData
+from vlprune.data.sets import KINDS, CaptionData, Data
 from vlprune.errors import MachineError, RequestError
 from vlprune.models.family import Model, PrunableLayer
 from vlprune.training.loop import SAVE_SECONDS, Settings, Watcher, accelerator, train
@@ -21,10 +21,14 @@ from vlprune.training.pretrain import cosine
 
 Precision = Literal["auto", "bf16", "fp32"]
 
-AUTHORS: dict[str, dict[str, float]] = {  # MULTIFLOW's configs/blip/*.yaml; 32 is their batch per GPU, on 4 or 8 GPUs
+# MULTIFLOW's configs/blip/*.yaml; 32 is their batch per GPU, on 4 or 8 GPUs. Classification: its DINO on ImageNet.
+# Zero-shot: UPop's CLIP, trained for retrieval on COCO (compress_clip.py), as the loss is the same.
+AUTHORS: dict[str, dict[str, float]] = {
     "retrieval": {"lr": 1e-5, "epochs": 6, "batch_size": 32},
     "captioning": {"lr": 1e-5, "epochs": 5, "batch_size": 32},
     "vqa": {"lr": 2e-5, "epochs": 10, "batch_size": 32},
+    "zero-shot": {"lr": 1e-5, "epochs": 6, "batch_size": 32},
+    "classification": {"lr": 1e-5, "epochs": 10, "batch_size": 32},
 }
 WARMUP = 0.05  # share of the steps
 
@@ -36,9 +40,9 @@ class FinetuneOptions:
     Attributes:
         mode: "heads" trains only what stands outside the towers, "full" all weights.
         max_steps: optimizer steps; with `epochs` too, whichever ends first.
-        epochs: passes over all captions or questions.
+        epochs: passes over all captions, questions or classified images.
         lr: peak learning rate: warm-up over 5 % of the steps, then cosine to zero.
-        batch_size: images with one caption each, or questions.
+        batch_size: images with one caption or class each, or questions.
         weight_decay: of AdamW, on matrices only.
         seed: of order, captions, dropout and drawn negatives.
         precision: "bf16" computes under autocast with float32 weights; "auto" does so where the device is fast at it.
@@ -60,7 +64,7 @@ def settle(
     options: FinetuneOptions,
     model: Model,
     task: str,
-    data: CaptionData | VqaData,
+    data: Data,
     authors: Mapping[str, Mapping[str, float]] = AUTHORS,
 ) -> Settings:
     """Make every choice: the caller's, else the checkpoint's suggestion, else the authors'.
@@ -80,8 +84,8 @@ def settle(
         MachineError: CUDA is asked for and not there.
     """
     names.check("task", task, model.tasks)
-    if isinstance(data, VqaData) != (task == "vqa"):
-        raise RequestError(f"{data.name} holds no {'questions' if task == 'vqa' else 'captions'}: {task} needs them")
+    if not isinstance(data, KINDS[task]):
+        raise RequestError(f"{data.name} holds no {KINDS[task].holds}: {task} needs them")
     if options.mode not in ("heads", "full"):
         raise RequestError(f"unknown fine-tuning {options.mode!r}: choose heads or full")
     suggested = dict(model.options.get("finetune", {}))
@@ -100,11 +104,10 @@ def settle(
             raise RequestError(f"fine-tuning with {name} = {value!r}: give a positive number")
     if not 0 <= options.weight_decay < math.inf:
         raise RequestError(f"fine-tuning with weight_decay = {options.weight_decay!r}: give 0 or more")
-    samples = len(data.questions) if isinstance(data, VqaData) else sum(map(len, data.captions))
-    distinct = samples if isinstance(data, VqaData) else len(data.captions)
+    samples = sum(map(len, data.captions)) if isinstance(data, CaptionData) else data.samples
     if samples == 0:
         raise RequestError(f"{data.name} holds nothing to fine-tune on for {task}")
-    batch_size = min(int(values["batch_size"]), distinct)
+    batch_size = min(int(values["batch_size"]), data.samples)
     steps = math.inf
     if "epochs" in values:
         steps = max(1, round(values["epochs"] * samples / batch_size))
@@ -202,7 +205,7 @@ class MaskLock(Watcher):
 def finetune(
     model: Model,
     task: str,
-    data: CaptionData | VqaData,
+    data: Data,
     masks: Mapping[str, Tensor],
     options: FinetuneOptions | None = None,
     *,
@@ -217,7 +220,7 @@ def finetune(
     Args:
         model: made by `Model.for_task`; ends on the device it was trained on, in eval mode.
         task: its task.
-        data: training data, CaptionData, or VqaData for "vqa".
+        data: training data, of the task's kind (`vlprune.data.KINDS`).
         masks: layer name -> bool [out, in], True = kept; {} for a dense model.
         options: None = all defaults.
         state_dir: folder where the training is saved every minute, and continued from if it was the same training (same

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from vlprune.data.sets import CaptionData, VqaData
+from vlprune.data.sets import CaptionData, Data, VqaData
 from vlprune.errors import RequestError
 from vlprune.files import atomic_path
 from vlprune.models.family import Batch, Model
@@ -85,7 +85,7 @@ class Watcher:
 def train(
     model: Model,
     task: str,
-    data: CaptionData | VqaData,
+    data: Data,
     settings: Settings,
     parameters: Mapping[str, nn.Parameter],
     rate: Callable[[int], float],
@@ -100,7 +100,8 @@ def train(
     """Train in place: AdamW, gradients clipped to norm 1, one batch per step.
 
     A batch for retrieval and captioning has distinct images with one caption each; an epoch shows every caption once,
-    in an order drawn anew. Questions about one image come together. Images are not augmented.
+    in an order drawn anew. Questions about one image come together. Where classes are told apart by their names, an
+    image comes with another text about its class every time. Images are not augmented.
 
     Args:
         model: on the device of `accelerator(settings)`; ends in eval mode.
@@ -225,15 +226,15 @@ def _seed(*parts: int) -> int:
 # --- saved trainings --------------------------------------------------------------------------------------------------
 
 
-def _key(
-    model: Model, task: str, data: CaptionData | VqaData, settings: Settings, depends: Iterable[tuple[str, Tensor]]
-) -> str:
+def _key(model: Model, task: str, data: Data, settings: Settings, depends: Iterable[tuple[str, Tensor]]) -> str:
     """Hash everything the result depends on but the pixels."""
     digest = hashlib.sha256(json.dumps([task, asdict(settings), len(data.images)]).encode())
     if isinstance(data, VqaData):
         digest.update(json.dumps([[q.image, q.question, q.answers] for q in data.questions]).encode())
-    else:
+    elif isinstance(data, CaptionData):
         digest.update(json.dumps(data.captions).encode())
+    else:
+        digest.update(json.dumps([data.labels, data.classes, data.templates]).encode())
     for name, tensor in [*model.state_dict().items(), *depends]:
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
