@@ -14,7 +14,7 @@ from vlprune.pruning import get_method
 from vlprune.pruning.budgets import checked_ratio
 from vlprune.pruning.patterns import Pattern
 from vlprune.report.manifest import write_manifest
-from vlprune.run import Run
+from vlprune.run import UNPACKED, Run
 from vlprune.runtime import operators
 from vlprune.runtime.session import check_provider
 
@@ -174,7 +174,7 @@ def prune(
         "providers": ["cpu"],
         "bench_batches": [1, 8],
         "samples": None,
-        **_pack_recipe("none", "fp32", "auto", None),
+        **UNPACKED,
     }
     stages = _start(Path(output), recipe, resume)
     _prune(stages)
