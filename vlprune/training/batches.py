@@ -41,7 +41,7 @@ class Batches:
         self.images = _Images(model, data.images)
         self.per_pass = data.samples // self.size
         self.pass_number, self.order = -1, np.empty(0, np.int64)
-        self.place = match_labels(model.labels, data) if isinstance(data, ClassData) and self.classifies else []
+        self.place = match_labels(self.model.labels, data) if isinstance(data, ClassData) and self.classifies else []
         self.offsets = np.random.default_rng([self.seed, 2**32 - 1]).integers(2**31, size=len(data.images))
 
     @property
