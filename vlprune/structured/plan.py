@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import ceil, prod
+from math import ceil, inf, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,7 +194,7 @@ def choose(
     Args:
         groups: of the model.
         scores: group name -> float64 [H] (heads go whole), [H, K] (each head loses as many dimensions, its own lowest
-            first) or [N]; non-negative, additive: a step's score is the sum of its units'. Groups that are missing stay
+            first) or [N]; a step's score is the sum of its units'. Groups that are missing stay
             whole, and count for the ratio.
         ratio: fraction of the groups' weights to remove.
         order: the same shapes: which units of a group go first, where that shall not follow `scores`; `scores` then
@@ -252,6 +252,9 @@ def _steps(
 ) -> tuple[list[list[int]], list[_Block]]:
     """List what a group can lose, step by step; the densities ascend, so that steps are taken in order."""
     score, order = score.double(), order.double()
+    shapes = (group.shape[:1], group.shape)
+    if score.shape not in shapes or order.shape != score.shape or not bool((score + order).isfinite().all()):
+        raise RequestError(f"the scores of {group.name} are not finite, or not as many as it has units")
     cost = unit_cost(group)
     if group.kind == "attention" and score.ndim == 1:
         cost, width = cost * group.shape[1], 1
@@ -260,14 +263,12 @@ def _steps(
         cost, width = cost * group.shape[0], round_to
     else:
         width = round_to
-    if score.shape != order.shape or not (score.isfinite().all() and order.isfinite().all()):
-        raise RequestError(f"the scores of {group.name} do not fit it, or are not finite")
     ranked, ascending = order.sort(stable=True).indices, score.sort().values
     count = len(ranked)
     first = count % width or width
     edges = [0, *range(first, count, width)]  # without the last step, which would leave nothing
     steps = [ranked[a:b].tolist() for a, b in pairwise(edges)]
-    blocks, density = [], 0.0
+    blocks, density = [], -inf
     for rank, (a, b) in enumerate(pairwise(edges)):
         density = max(density, float(ascending[a:b].sum()) / ((b - a) * cost))  # rounding changes no order
         blocks.append(_Block(index, rank, (b - a) * cost, density))
@@ -278,7 +279,7 @@ def _kept(group: Group, steps: Iterable[list[int]], order: Tensor) -> Tensor:
     kept = torch.ones(group.shape, dtype=torch.bool)
     gone = [unit for step in steps for unit in step]
     if group.kind == "attention" and order.ndim == 2:
-        lowest = order.sort(1, stable=True).indices[:, gone]  # per head its own
+        lowest = order.sort(dim=1, stable=True).indices[:, gone]  # per head its own
         return kept.scatter(1, lowest, False)
     kept[gone] = False
     return kept
