@@ -91,13 +91,13 @@ def hugging_face(tmp_path_factory):
     return make
 
 
-def pretraining_model(width: int = 32, seed: int = 0) -> Blip:
-    """A tied model with all parts."""
+def pretraining_model(width: int = 32, seed: int = 0, heads: int | None = None) -> Blip:
+    """A tied model with all parts; its heads are 64 wide where their number is not given."""
     tokenizer = word_tokenizer(VOCABULARY)
     dec, enc = tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])
     config = small_config(width, width)
     for tower in (config.vision_config, config.text_config):
-        tower.num_attention_heads = max(1, width // 64)
+        tower.num_attention_heads = heads or max(1, width // 64)
     config.vision_config.layer_norm_eps = 1e-6
     config.text_config.enc_token_id = enc
     config.text_config.label_smoothing = 0.1
