@@ -11,9 +11,9 @@ At t = T − 1, p_t is p and ζ is 0 or 1: cutting the zeros changes no output.
 
 A module's unit is one dimension of all heads of an attention, or one hidden neuron; a module is given by its name. As
 in the authors' program, G is standardised as accumulated (the paper writes every step's gradient), the threshold lies
-where the summed costs come nearest to p_t, and a module keeps its unit of the smallest gradient, whatever the threshold.
-Their costs are 36 and 1: `head_costs` gives 3 per head, which is 36 at 12 heads. The L1 terms of the paper's loss add
-one constant to all of G_a or G_m: standardising removes it, so they are left out.
+where the summed costs come nearest to p_t, and a module keeps its unit of the smallest gradient, whatever the
+threshold. Their costs are 36 and 1: `head_costs` gives 3 per head, which is 36 at 12 heads. The L1 terms of the paper's
+loss add one constant to all of G_a or G_m: standardising removes it, so they are left out.
 """
 
 from __future__ import annotations
