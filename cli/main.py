@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
-from errno import EDQUOT, ENOSPC
+from errno import EACCES, EDQUOT, ENAMETOOLONG, ENOSPC, EPERM
 from types import FrameType
 from typing import Annotated
 
@@ -109,6 +109,8 @@ def explain(error: Exception) -> tuple[int, str]:
     full = isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT)
     if full or "No space left on device" in str(error):
         return MachineError.exit_code, "no space left on the disk: free some, or choose another --output"
+    if isinstance(error, OSError) and error.errno in (EACCES, EPERM, ENAMETOOLONG) and error.filename is not None:
+        return 2, f"cannot use {_short(error.filename)} ({error.strerror}): check the path"
     # torch reports a full memory as a RuntimeError, with this phrase on CPU and its own class on CUDA
     if (
         isinstance(error, MemoryError)
@@ -123,7 +125,11 @@ def explain(error: Exception) -> tuple[int, str]:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no message"
+    return _short(error) or "no message"
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
     return text if len(text) <= 500 else f"{text[:500]}..."
 
 

@@ -314,10 +314,10 @@ def check_output(path: Path) -> Path:
     Raises:
         RequestError: it is a file, or the nearest existing folder above it takes no files.
     """
-    if path.exists() and not path.is_dir():
-        raise RequestError(f"cannot write {path} (it is a file): choose another --output")
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     with disk_errors(path):
+        if path.exists() and not path.is_dir():
+            raise RequestError(f"cannot write {path} (it is a file): choose another --output")
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not existing.is_dir():
             raise NotADirectoryError(20, "a part of it is a file")
         try:

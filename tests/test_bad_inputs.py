@@ -7,9 +7,11 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -520,10 +522,45 @@ def test_a_read_only_file_system(
         assert message == f"cannot write {place} (Read-only file system): choose another --output"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
-def test_a_folder_without_permission(fails: Fails, small_models: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "locked").mkdir(0o500)
-    assert "Permission denied" in fails(2, *request(small_models["captioning"], tmp_path / "locked" / "run", photos))
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Permission bits do not bind root: be somebody else meanwhile."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_folder_without_permission(
+    capfd: pytest.CaptureFixture[str], small_models: dict[str, Path], photos: Path, out: Path
+) -> None:
+    def fails(*arguments: object) -> str:
+        capfd.readouterr()
+        with ordinary_user():
+            assert main([*map(str, arguments)]) == 2
+        return only_line(*capfd.readouterr(), out)
+
+    with tempfile.TemporaryDirectory() as scratch:  # tmp_path is closed to others as a whole
+        os.chmod(scratch, 0o755)
+        locked, closed = Path(scratch) / "locked", Path(scratch) / "closed"
+        for folder, bits in ((locked, 0o555), (closed, 0)):
+            folder.mkdir()
+            folder.chmod(bits)
+            message = fails(*request(small_models["captioning"], folder / "run", photos))
+            assert message == f"cannot write {folder / 'run'} (Permission denied): choose another --output"
+        for verb in ("inspect", "bench"):
+            message = fails(verb, closed / "run")
+            assert message == f"cannot use {closed / 'run'} (Permission denied): check the path"
+
+
+def test_a_name_that_is_too_long(fails: Fails, small_models: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    name = tmp_path / ("n" * 300)
+    for command in (["inspect", name], ["bench", name], request(small_models["captioning"], name, photos)):
+        assert fails(2, *command) == f"cannot use {name} (File name too long): check the path"
 
 
 @pytest.fixture(scope="session")
