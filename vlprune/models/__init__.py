@@ -11,6 +11,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class FamilyInfo:
+    """What a family reads and offers.
+
+    Attributes:
+        model_types: transformers' names of the architectures, as in "model_type" of config.json.
+        tasks: what its models may offer; a checkpoint may offer less.
+        summary: one line.
+    """
+
+    model_types: tuple[str, ...]
+    tasks: tuple[str, ...]
+    summary: str
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What `vlprune models` shows of an alias.
 
@@ -31,6 +46,14 @@ class ModelInfo:
 
 _PUBLISHED = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
 _ALL = ("retrieval", "captioning", "vqa")
+_DUAL = ("retrieval", "zero-shot")
+
+FAMILIES = {
+    "blip": FamilyInfo(("blip",), _ALL, "vision encoder, text encoder and text decoder"),
+    "clip": FamilyInfo(("clip",), _DUAL, "two encoders, softmax over the batch: OpenAI's, LAION's, any CLIPModel"),
+    "siglip": FamilyInfo(("siglip",), _DUAL, "two encoders, a sigmoid per pair: any SiglipModel"),
+    "vit": FamilyInfo(("vit", "deit", "dinov2"), ("classification",), "one vision encoder with a classifier"),
+}
 
 MODELS = {
     "blip-tiny": ModelInfo("blip", "embedded", "in the package", _ALL, "a small BLIP trained on drawn scenes"),
@@ -50,6 +73,13 @@ MODELS = {
         "blip", "hub", "Salesforce/blip-itm-base-coco", ("retrieval",), "fine-tuned for retrieval on COCO"
     ),
     "blip-vqa": ModelInfo("blip", "hub", "Salesforce/blip-vqa-base", ("vqa",), "fine-tuned on VQA v2"),
+    "clip-tiny": ModelInfo("clip", "embedded", "in the package", _DUAL, "a small CLIP trained on drawn scenes"),
+    "clip-base-random": ModelInfo(
+        "clip", "random", "seeded random weights", _DUAL, "CLIP ViT-B/16 shapes, for speed and memory work only"
+    ),
+    "clip": ModelInfo("clip", "hub", "openai/clip-vit-base-patch16", _DUAL, "CLIP ViT-B/16 of OpenAI"),
+    "clip-vit-l-14": ModelInfo("clip", "hub", "openai/clip-vit-large-patch14", _DUAL, "CLIP ViT-L/14 of OpenAI"),
+    "siglip": ModelInfo("siglip", "hub", "google/siglip-base-patch16-224", _DUAL, "SigLIP base of Google"),
 }
 
 

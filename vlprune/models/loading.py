@@ -7,6 +7,7 @@ import pickle
 import urllib.error
 import urllib.request
 import zipfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from transformers.utils import logging as transformers_logging
 from vlprune import names
 from vlprune.errors import MachineError, RequestError
 from vlprune.files import atomic_path, read_json, sha256
-from vlprune.models import MODELS, blip
+from vlprune.models import FAMILIES, MODELS, blip
 from vlprune.models.blip import Blip
 from vlprune.models.family import Model, Source
 from vlprune.models.processor import Processor, load_tokenizer, read_preprocessor
+from vlprune.models.states import check_vocabulary
 from vlprune.progress import task
 from vlprune.structured.surgery import checked_sizes
 
 
 WEIGHTS = Path(__file__).parent / "weights"
-HUB_FILES = ["*.json", "*.safetensors", "pytorch_model.bin", "vocab.txt"]
+HUB_FILES = ["*.json", "*.safetensors", "pytorch_model.bin", "vocab.txt", "merges.txt"]
 
 transformers_logging.set_verbosity_error()
 
@@ -49,13 +51,15 @@ def load(model: str, *, family: str | None, image_size: int | None, seed: int) -
     Raises:
         RequestError: the model is unknown or its files are broken.
     """
-    if family is not None and family != "blip":
-        names.check("family", family, sorted({info.family for info in MODELS.values()}))
+    if family is not None:
+        names.check("family", family, FAMILIES)
     if info := MODELS.get(model):
         if info.kind == "embedded":
             return load_folder(WEIGHTS / model, model, image_size)
         if info.kind == "random":
-            return _base_random(model, image_size or 224, seed)
+            if info.family == "blip":
+                return _base_random(model, image_size or 224, seed)
+            return _family(info.family).base_random(model, WEIGHTS, image_size or 224, seed)
         if info.kind == "original":
             return load_original(_download(info.checkpoint), model, image_size)
         return load_folder(_from_hub(info.checkpoint), model, image_size)
@@ -65,6 +69,8 @@ def load(model: str, *, family: str | None, image_size: int | None, seed: int) -
     if path.is_file():
         if family is None:
             raise RequestError(f"{model} is a file: say what it holds, as in --family blip")
+        if family != "blip":
+            raise RequestError(f"{model} is a file: of the family {family} only Hugging Face folders are read")
         return load_original(path, model, image_size)
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or model.startswith((".", "/", "~")):
         raise RequestError(f"there is no file or folder {model}: check the path")
@@ -75,7 +81,7 @@ def load(model: str, *, family: str | None, image_size: int | None, seed: int) -
 
 
 def load_folder(folder: Path, name: str, image_size: int | None) -> Model:
-    """Load a Hugging Face folder of BLIP.
+    """Load a Hugging Face folder of any family.
 
     Args:
         folder: config.json, weights, tokenizer files.
@@ -89,9 +95,38 @@ def load_folder(folder: Path, name: str, image_size: int | None) -> Model:
         RequestError: a file is missing or broken.
     """
     raw = read_json(folder / "config.json")
-    if not isinstance(raw, dict) or raw.get("model_type") != "blip":
-        kind = raw.get("model_type") if isinstance(raw, dict) else None
-        raise RequestError(f"{folder}/config.json is of model type {kind!r}: supported is 'blip'")
+    types = {kind: family for family, info in FAMILIES.items() for kind in info.model_types}
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(kind, str) or kind not in types:
+        raise RequestError(
+            f"{folder}/config.json is of model type {kind!r:.60}: supported are {', '.join(map(repr, types))}"
+        )
+    extra: dict[str, Any] = raw["vlprune"] if isinstance(raw.get("vlprune"), dict) else {}
+    smaller = checked_sizes(extra.get("sizes"), f"{folder}/config.json")
+    options = _options(extra.get("options", {}), folder)
+    state, weights = _read_weights(folder)
+    random = bool(extra.get("random_weights", False))
+    source = Source(name, name if folder.parent == WEIGHTS else str(folder), sha256(weights), random)
+    from_folder = _blip if types[kind] == "blip" else _family(types[kind]).from_folder
+    model: Model = from_folder(folder, raw, state, source, image_size, smaller)
+    model.options = options
+    return model
+
+
+def _family(name: str) -> Any:
+    """The file of a family; transformers' modules of the others are not imported."""
+    return import_module(f"vlprune.models.{name}")
+
+
+def _blip(
+    folder: Path,
+    raw: dict[str, Any],
+    state: dict[str, Tensor],
+    source: Source,
+    image_size: int | None,
+    smaller: dict[str, list[int]],
+) -> Blip:
+    """Make a BLIP of what is in a folder."""
     try:
         config = BlipConfig.from_dict(raw)
         text, vision = config.text_config, config.vision_config
@@ -101,12 +136,8 @@ def load_folder(folder: Path, name: str, image_size: int | None) -> Model:
             raise ValueError("sizes and token ids must be positive integers")
     except Exception as error:  # transformers raises many kinds for a broken config
         raise RequestError(f"{folder}/config.json cannot be used ({str(error).splitlines()[0]})") from error
-    extra: dict[str, Any] = raw["vlprune"] if isinstance(raw.get("vlprune"), dict) else {}
-    state, weights = _read_weights(folder)
-    random = bool(extra.get("random_weights", False))
-    source = Source(name, name if folder.parent == WEIGHTS else str(folder), sha256(weights), random)
     tokenizer = load_tokenizer(folder)
-    _check_vocabulary(tokenizer, text.vocab_size, folder)
+    check_vocabulary(tokenizer, text.vocab_size, folder)
     # Checkpoints on the hub never name [ENC]; in the original vocabulary it follows [DEC].
     enc = getattr(text, "enc_token_id", None) or text.bos_token_id + 1
     if isinstance(enc, bool) or not isinstance(enc, int) or enc < 0 or text.bos_token_id >= text.vocab_size:
@@ -119,15 +150,12 @@ def load_folder(folder: Path, name: str, image_size: int | None) -> Model:
         text.enc_token_id,
         **read_preprocessor(folder),
     )
-    smaller = checked_sizes(extra.get("sizes"), f"{folder}/config.json")
-    model = blip.build(config, state, processor, source, smaller)
-    model.options = _options(extra.get("options", {}), folder)
-    return model
+    return blip.build(config, state, processor, source, smaller)
 
 
 def _options(options: Any, folder: Path) -> dict[str, dict[str, Any]]:
     """Check the settings a folder suggests: numbers by name, per task; their meaning is checked where they are used."""
-    known = {*blip.TASK_PARTS, "finetune"}
+    known = {*names.TASKS, "finetune"}
     if not isinstance(options, dict) or not all(
         task in known and isinstance(entry, dict) and all(isinstance(v, int | float) for v in entry.values())
         for task, entry in options.items()
@@ -161,7 +189,7 @@ def load_original(path: Path, name: str, image_size: int | None) -> Blip:
     text = config.text_config
     size = image_size or config.vision_config.image_size
     tokenizer = _bert_tokenizer(path.parent)
-    _check_vocabulary(tokenizer, text.vocab_size, path.parent)
+    check_vocabulary(tokenizer, text.vocab_size, path.parent)
     processor = Processor(tokenizer, size, text.bos_token_id, text.enc_token_id)
     text.sep_token_id = text.eos_token_id = processor.sep_id
     text.pad_token_id = processor.pad_id
@@ -197,11 +225,6 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise RequestError(f"{path} is no intact safetensors file ({error}): copy or download it again") from error
-
-
-def _check_vocabulary(tokenizer: Any, size: int, folder: Path) -> None:
-    if len(tokenizer) > size:
-        raise RequestError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {size}")
 
 
 def _is_state(loaded: Any) -> bool:

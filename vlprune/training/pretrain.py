@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vlprune.data.sets import CaptionData, VqaData
-from vlprune.models.blip import Blip
+from vlprune.models.family import Batch, Encoders
 
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]  # pixel values [B, 3, height, width] -> the same shape
+
+
+class Pretrained(Encoders, Protocol):
+    """A model that can be pretrained here; for question answering it has `vqa_batch`, too."""
+
+    def pretraining_loss(self, batch: Batch, itm: bool = True) -> dict[str, Tensor]:
+        """The pretraining losses by name; "lm" and "itm" only where the family has them."""
+
+
+M = TypeVar("M", bound=Pretrained)
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
@@ -37,12 +49,12 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def resized(model: Blip, images: object, n: int) -> np.ndarray:
+def resized(model: Encoders, images: Sequence[Image.Image], n: int) -> np.ndarray:
     """Resize every image once and keep them in memory.
 
     Args:
         model: gives the image size.
-        images: indexable, PIL images.
+        images: the images.
         n: how many.
 
     Returns:
@@ -51,12 +63,12 @@ def resized(model: Blip, images: object, n: int) -> np.ndarray:
     size = model.processor.image_size
     out = np.empty((n, size, size, 3), np.uint8)
     for i in range(n):
-        out[i] = np.asarray(images[i].resize((size, size), 3))  # type: ignore[index]
+        out[i] = model.processor.resize([images[i]])[0]
     return out
 
 
 def pretrain(
-    model: Blip,
+    model: M,
     captions: CaptionData,
     *,
     steps: int,
@@ -73,7 +85,7 @@ def pretrain(
     stop: int | None = None,
     log: Callable[[str], None] = print,
     every: int = 50,
-) -> Blip:
+) -> M:
     """Train all parts on captions, and on questions when given, in bfloat16 with float32 weights.
 
     Args:
@@ -95,8 +107,9 @@ def pretrain(
         every: steps between lines.
 
     Returns:
-        Blip: the model, in eval mode.
+        M: the model, in eval mode.
     """
+    module: Any = model  # what a Protocol cannot say: it is an nn.Module, with `vqa_batch` where questions are given
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +120,7 @@ def pretrain(
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), foreach=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, steps, max(1, steps // 20)))
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
+    averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
     order = np.empty(0, np.int64)
     sums: dict[str, float] = {}
     start = time.time()
@@ -131,7 +144,7 @@ def pretrain(
                 some = [questions.questions[i] for i in picked]
                 images = np.unique([q.image for q in some])
                 where = np.searchsorted(images, [q.image for q in some])
-                batch = model.vqa_batch(
+                batch = module.vqa_batch(
                     model.processor.normalise(asked[images]),
                     where.tolist(),
                     [q.question for q in some],
@@ -147,7 +160,7 @@ def pretrain(
         optimizer.step()
         schedule.step()
         if averaged is not None:
-            averaged.update_parameters(model)
+            averaged.update_parameters(module)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach())
         if (step + 1) % every == 0:
