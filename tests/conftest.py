@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -149,6 +150,77 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         _hugging_face(made[task], task)
     _original(made["original"])
     return made | {"original": made["original"] / "model_base.pth"}
+
+
+# --- small vision transformers ----------------------------------------------------------------------------------------
+
+CLASSES = ["cat", "dog", "eel", "fox", "gnu"]
+
+
+def _vision_transformer(kind: str) -> tuple[Any, Any]:
+    """A random model of transformers that shows every parameter in its output, and its image processor."""
+    import torch
+    import transformers as t
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8}
+    labels = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    square, larger = {"height": SIDE, "width": SIDE}, {"height": 40, "width": 40}
+    if kind == "vit":
+        model = t.ViTForImageClassification(t.ViTConfig(**sizes, **labels, intermediate_size=48))
+        processor = t.ViTImageProcessor(size=square)
+    elif kind == "deit":
+        config = t.DeiTConfig(**sizes, **labels, intermediate_size=48, qkv_bias=False)
+        model, processor = t.DeiTForImageClassification(config), t.DeiTImageProcessor(size=larger, crop_size=square)
+    elif kind == "teacher":
+        config = t.DeiTConfig(**sizes, **labels, intermediate_size=48)
+        model = t.DeiTForImageClassificationWithTeacher(config)
+        processor = t.DeiTImageProcessor(size=40, crop_size=SIDE)
+    else:
+        more = {"image_size": 48} if kind == "dinov2" else {"use_swiglu_ffn": True}
+        model = t.Dinov2ForImageClassification(t.Dinov2Config(**sizes | more, **labels, mlp_ratio=2))
+        processor = t.BitImageProcessor(size={"shortest_edge": 36}, crop_size=SIDE)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            parameter.normal_(0.0, 0.3, generator=generator)
+            if parameter.ndim == 1 and name.endswith(("weight", "lambda1")):
+                parameter.add_(1.0)
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="session")
+def vits(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Kind ("vit", "deit", "teacher", "dinov2", "gated") -> folder, transformers' model and processor, to be kept."""
+    made: dict[str, Any] = {}
+
+    def make(kind: str) -> Any:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            model, processor = _vision_transformer(kind)
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            made[kind] = SimpleNamespace(folder=folder, model=model, processor=processor)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images by class, three to train and two to test of each; a colour tells the class."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("animals")
+    rng = np.random.default_rng(0)
+    colors = rng.integers(0, 256, (len(CLASSES), 3))
+    for split, count in (("train", 3), ("test", 2)):
+        for name, color in zip(CLASSES, colors, strict=True):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = (color + rng.normal(0, 20, (40, 50, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
@@ -18,77 +18,16 @@ from vlprune.pruning.statistics import InputNorms
 from vlprune.structured import Plan, cut, zero
 
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+KINDS = ("vit", "deit", "teacher", "dinov2", "gated")
 LABELS = ["cat", "dog", "eel", "fox", "gnu"]
-CLASSES = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
-KINDS = {  # -> configuration, transformers' class, image processor
-    "vit": (
-        transformers.ViTConfig(**SIZES, intermediate_size=48, **CLASSES),
-        transformers.ViTForImageClassification,
-        transformers.ViTImageProcessor(size={"height": 32, "width": 32}),
-    ),
-    "deit": (
-        transformers.DeiTConfig(**SIZES, intermediate_size=48, qkv_bias=False, **CLASSES),
-        transformers.DeiTForImageClassification,
-        transformers.DeiTImageProcessor(size={"height": 40, "width": 40}, crop_size={"height": 32, "width": 32}),
-    ),
-    "teacher": (
-        transformers.DeiTConfig(**SIZES, intermediate_size=48, **CLASSES),
-        transformers.DeiTForImageClassificationWithTeacher,
-        transformers.DeiTImageProcessor(size=40, crop_size=32),
-    ),
-    "dinov2": (
-        transformers.Dinov2Config(**SIZES | {"image_size": 48}, mlp_ratio=2, **CLASSES),
-        transformers.Dinov2ForImageClassification,
-        transformers.BitImageProcessor(size={"shortest_edge": 36}, crop_size=32),
-    ),
-    "gated": (
-        transformers.Dinov2Config(**SIZES, mlp_ratio=2, use_swiglu_ffn=True, **CLASSES),
-        transformers.Dinov2ForImageClassification,
-        transformers.BitImageProcessor(size={"shortest_edge": 36}, crop_size=32),
-    ),
-}
-
-
-def randomise(module, seed=0):
-    """Give every parameter a value that shows in the output."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(module.named_parameters()):
-            parameter.normal_(0.0, 0.3, generator=generator)
-            if parameter.ndim == 1 and name.endswith(("weight", "lambda1")):
-                parameter.add_(1.0)
-
-
-def write(folder: Path, kind: str):
-    config, made, processor = KINDS[kind]
-    model = made(config).eval()
-    randomise(model)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Kind -> (folder, transformers' model); made once, not to be changed."""
-    made = {}
-
-    def make(kind: str):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            made[kind] = (folder, write(folder, kind))
-        return made[kind]
-
-    return make
 
 
 @pytest.fixture
-def changed(tmp_path):
-    """Write a checkpoint, then change files of it."""
+def changed(vits, tmp_path):
+    """Copy a checkpoint, then change files of it."""
 
     def make(kind="vit", file="config.json", **changes):
-        write(tmp_path, kind)
+        shutil.copytree(vits(kind).folder, tmp_path, dirs_exist_ok=True)
         content = json.loads((tmp_path / file).read_text())
         for key, value in changes.items():
             content[key] = value
@@ -124,8 +63,8 @@ def refused(folder, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_transformers(kind, checkpoint, images):
-    folder, theirs = checkpoint(kind)
+def test_logits_are_those_of_transformers(kind, vits, images):
+    folder, theirs = vits(kind).folder, vits(kind).model
     model = vlprune.load(str(folder))
     assert isinstance(model, Vit) and model.tasks == ("classification",) and not model.training
     assert model.labels == LABELS
@@ -137,17 +76,17 @@ def test_logits_are_those_of_transformers(kind, checkpoint, images):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pixels_are_those_of_transformers_to_the_last_bit(kind, checkpoint, images):
-    folder, _ = checkpoint(kind)
-    expected = KINDS[kind][2](images, return_tensors="np")["pixel_values"]
+def test_pixels_are_those_of_transformers_to_the_last_bit(kind, vits, images):
+    folder = vits(kind).folder
+    expected = vits(kind).processor(images, return_tensors="np")["pixel_values"]
     found = vlprune.load(str(folder)).processor.images(images)
     assert found.dtype == expected.dtype == np.float32
     np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "teacher", "gated"])
-def test_other_image_sizes_are_interpolated(kind, checkpoint, images):
-    folder, theirs = checkpoint(kind)
+def test_other_image_sizes_are_interpolated(kind, vits, images):
+    folder, theirs = vits(kind).folder, vits(kind).model
     model = vlprune.load(str(folder), image_size=48)
     pixels = model.processor.images(images)
     assert pixels.shape == (5, 3, 48, 48) and model.config.image_size == 48
@@ -158,8 +97,8 @@ def test_other_image_sizes_are_interpolated(kind, checkpoint, images):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_models_are_read_by_transformers_and_by_us(kind, checkpoint, images, tmp_path):
-    folder, theirs = checkpoint(kind)
+def test_saved_models_are_read_by_transformers_and_by_us(kind, vits, images, tmp_path):
+    folder, theirs = vits(kind).folder, vits(kind).model
     model = vlprune.load(str(folder))
     model.options = {"finetune": {"lr": 1e-4}}
     model.save(tmp_path)
@@ -168,7 +107,7 @@ def test_saved_models_are_read_by_transformers_and_by_us(kind, checkpoint, image
     np.testing.assert_array_equal(logits(again, pixels), logits(model, pixels))
     assert again.options == model.options and again.labels == LABELS
     np.testing.assert_array_equal(again.processor.images(images), pixels)
-    by_transformers = KINDS[kind][1].from_pretrained(tmp_path).eval()
+    by_transformers = type(theirs).from_pretrained(tmp_path).eval()
     with torch.no_grad():
         np.testing.assert_allclose(by_transformers(torch.from_numpy(pixels)).logits, logits(model, pixels), atol=2e-5)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
@@ -196,15 +135,15 @@ def test_saved_models_are_read_by_transformers_and_by_us(kind, checkpoint, image
         ),
     ],
 )
-def test_older_and_shorter_preprocessing(settings, processor, images, tmp_path):
-    write(tmp_path, "vit")
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    found = vlprune.load(str(tmp_path)).processor.images(images)
+def test_older_and_shorter_preprocessing(settings, processor, images, changed):
+    folder = changed()
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    found = vlprune.load(str(folder)).processor.images(images)
     np.testing.assert_array_equal(found, processor(images, return_tensors="np")["pixel_values"])
 
 
-def test_half_precision_files(checkpoint, images, tmp_path):
-    model = vlprune.load(str(checkpoint("vit")[0]))
+def test_half_precision_files(vits, images, tmp_path):
+    model = vlprune.load(str(vits("vit").folder))
     model.save(tmp_path, torch.float16)
     again = vlprune.load(str(tmp_path))
     assert {p.dtype for p in again.parameters()} == {torch.float32}
@@ -216,8 +155,8 @@ def test_half_precision_files(checkpoint, images, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_linear_but_the_classifier_is_prunable(kind, checkpoint):
-    model = vlprune.load(str(checkpoint(kind)[0]))
+def test_every_linear_but_the_classifier_is_prunable(kind, vits):
+    model = vlprune.load(str(vits(kind).folder))
     layers = model.layers()
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {layer.name for layer in layers} == linears - set(model.heads)
@@ -227,8 +166,8 @@ def test_every_linear_but_the_classifier_is_prunable(kind, checkpoint):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_groups_hold_every_prunable_weight(kind, checkpoint):
-    model = vlprune.load(str(checkpoint(kind)[0]))
+def test_groups_hold_every_prunable_weight(kind, vits):
+    model = vlprune.load(str(vits(kind).folder))
     groups = model.groups()
     assert [(group.kind, group.layer) for group in groups] == [
         ("attention", 0),
@@ -248,8 +187,8 @@ def test_groups_hold_every_prunable_weight(kind, checkpoint):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_calibration_sees_every_row_of_every_image(kind, checkpoint, images):
-    model = vlprune.load(str(checkpoint(kind)[0]))
+def test_calibration_sees_every_row_of_every_image(kind, vits, images):
+    model = vlprune.load(str(vits(kind).folder))
     norms = InputNorms({layer.name: (layer.modules, layer.tokens) for layer in model.layers()})
     seen = []
     first = model.layers()[0].modules[0]
@@ -265,8 +204,8 @@ def test_calibration_sees_every_row_of_every_image(kind, checkpoint, images):
     assert found.keys() == {layer.name for layer in model.layers()} and all(bool((n > 0).any()) for n in found.values())
 
 
-def test_loss_and_its_gradients(checkpoint, images):
-    model = vlprune.load(str(checkpoint("teacher")[0]))
+def test_loss_and_its_gradients(vits, images):
+    model = vlprune.load(str(vits("teacher").folder))
     batch = model.class_batch(images, [4, 0, 1, 2, 3])
     loss = model.loss("classification", batch)
     log = torch.log_softmax(model.logits(batch["pixel_values"]), 1)
@@ -279,8 +218,8 @@ def test_loss_and_its_gradients(checkpoint, images):
     }
 
 
-def test_copies_are_independent(checkpoint):
-    model = vlprune.load(str(checkpoint("vit")[0]))
+def test_copies_are_independent(vits):
+    model = vlprune.load(str(vits("vit").folder))
     before = fingerprint(model.layers())
     clone = model.for_task("classification")
     with torch.no_grad():
@@ -323,8 +262,8 @@ PLANS = {
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_cut_models_equal_masked_ones_and_reload(kind, plan, checkpoint, images, tmp_path):
-    model = vlprune.load(str(checkpoint(kind)[0]))
+def test_cut_models_equal_masked_ones_and_reload(kind, plan, vits, images, tmp_path):
+    model = vlprune.load(str(vits(kind).folder))
     made = plan_of(model, **PLANS[plan])
     masked, smaller = copy.deepcopy(model), copy.deepcopy(model)
     zero(masked, made)
@@ -352,9 +291,9 @@ def test_cut_models_equal_masked_ones_and_reload(kind, plan, checkpoint, images,
         ("dinov2", transformers.Dinov2Model, "lacks classifier"),
     ],
 )
-def test_no_head_is_made_up(kind, made, missing, tmp_path):
-    made(KINDS[kind][0]).save_pretrained(tmp_path)
-    KINDS[kind][2].save_pretrained(tmp_path)
+def test_no_head_is_made_up(kind, made, missing, vits, tmp_path):
+    made(vits(kind).model.config).save_pretrained(tmp_path)
+    vits(kind).processor.save_pretrained(tmp_path)
     message = refused(tmp_path)
     assert missing in message and "none is made up" in message
 
@@ -416,5 +355,5 @@ def test_preprocessing_must_be_told(changed):
     assert "has no preprocessor_config.json" in refused(folder)
 
 
-def test_image_size_must_fit_the_patches(checkpoint):
-    assert "not a multiple of the patch size 8" in refused(checkpoint("vit")[0], image_size=33)
+def test_image_size_must_fit_the_patches(vits):
+    assert "not a multiple of the patch size 8" in refused(vits("vit").folder, image_size=33)

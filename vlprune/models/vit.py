@@ -319,7 +319,7 @@ class Vit(nn.Module):
         """
         embeddings = self.backbone.embeddings
         patches = embeddings.patch_embeddings.projection(pixel_values).flatten(2).transpose(1, 2)
-        first = [getattr(embeddings, name).expand(len(patches), -1, -1) for name in self.kind.first]
+        first = [getattr(embeddings, name).expand(patches.shape[0], -1, -1) for name in self.kind.first]
         x = embeddings.dropout(torch.cat([*first, patches], dim=1) + embeddings.position_embeddings)
         for layer in self.backbone.encoder.layer:
             x = layer(x)

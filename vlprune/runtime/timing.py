@@ -144,14 +144,14 @@ def feeds_for(
     Raises:
         RequestError: the graph has an input that no task knows, a size nobody tells, or a fixed batch size.
     """
+    inputs = {value.name: value for value in graph.get_inputs()}
     try:
-        length = length or int(spec["max_length"])
+        length = length or (int(spec["max_length"]) if inputs.keys() != {"pixel_values"} else 1)
         size, task = int(spec["image_size"]), str(spec["task"])
         states = int(spec.get("image_tokens") or (size // PATCH) ** 2 + 1)
         tokens = [int(value) for key, value in spec.items() if key.endswith("_token_id")]
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f"task.json has no usable {error}: export the task again") from error
-    inputs = {value.name: value for value in graph.get_inputs()}
     decoder = "past_key.0" in inputs
     if task == "vqa" and decoder:  # the answer decoder reads the question's states, not the image's
         states = length
