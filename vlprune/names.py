@@ -1,6 +1,7 @@
 """Names a user may type, importable without torch, so that a typing error is answered at once.
 
-The registries themselves (`vlprune.pruning.METHODS`, `vlprune.tasks.TASKS`) hold the code; a test keeps both equal.
+The registries themselves (`vlprune.pruning.METHODS`, `vlprune.structured.STRUCTURED`, `vlprune.tasks.TASKS`) hold the
+code; a test keeps both equal.
 """
 
 from collections.abc import Iterable
@@ -9,7 +10,9 @@ from difflib import get_close_matches
 from vlprune.errors import RequestError
 
 
-METHODS = ("multiflow", "omp", "local-magnitude", "modal-magnitude", "l2", "lamp", "random")
+UNSTRUCTURED = ("multiflow", "omp", "local-magnitude", "modal-magnitude", "l2", "lamp", "random")
+STRUCTURED = ("multiflow-structured", "magnitude-structured", "isomorphic", "upop", "mope")
+METHODS = (*UNSTRUCTURED, *STRUCTURED)
 TASKS = ("retrieval", "captioning", "vqa", "zero-shot", "classification")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 PACKINGS = ("none", "sparse")

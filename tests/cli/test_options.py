@@ -131,5 +131,6 @@ def test_names_agree_with_the_registries() -> None:
     """The light names of the command line are those of the code."""
     from vlprune import names
 
-    assert set(names.METHODS) == set(pytest.importorskip("vlprune.pruning").METHODS)
+    assert set(names.UNSTRUCTURED) == set(pytest.importorskip("vlprune.pruning").METHODS)
+    assert set(names.STRUCTURED) == set(pytest.importorskip("vlprune.structured").STRUCTURED)
     assert set(names.TASKS) == set(pytest.importorskip("vlprune.tasks").TASKS)

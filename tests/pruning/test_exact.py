@@ -53,3 +53,11 @@ def test_pieces_cover_everything_once():
 def test_over_two_dimensions():
     x = torch.rand(6, 4, 5, 3)
     torch.testing.assert_close(exact_sum(x, (1, 3)), x.double().sum((1, 3)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_summed_stays_as_it_is(dtype):
+    x = torch.rand(40, 30, dtype=dtype)
+    before = x.clone()
+    exact_sum(x, 0)
+    assert torch.equal(x, before)

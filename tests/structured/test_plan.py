@@ -182,14 +182,6 @@ def test_what_one_pool_cannot_lose_others_do():
     assert found["per_group"]["b"] == 0 and found["achieved"] == pytest.approx(0.5, abs=0.03)
 
 
-def test_another_order_inside_groups():
-    groups = [ffn("a", 8), ffn("b", 8)]
-    scores = {"a": torch.arange(8).double(), "b": torch.arange(8).double() + 100}
-    order = {"a": -torch.arange(8).double(), "b": torch.arange(8).double()}
-    kept = choose(groups, scores, 0.25, order=order, round_to=1).units
-    assert kept["a"].tolist() == [True] * 4 + [False] * 4 and kept["b"].all()
-
-
 def test_equal_scores_are_cut_alike_every_time():
     groups = [ffn("a", 21), ffn("b", 21), attention("c", 3, 5)]
     scores = {g.name: torch.full(g.shape[:1], 0.1, dtype=torch.float64) * unit_cost(g) for g in groups}

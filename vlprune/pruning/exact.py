@@ -51,6 +51,6 @@ def exact_sum(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """
     dims = (dim,) if isinstance(dim, int) else dim
     steps = grid(x.max(), math.prod(x.shape[d] for d in dims))
-    sums = [part.double().mul_(steps).round_().sum(dims) for part in pieces(x)]
+    sums = [part.to(torch.float64, copy=True).mul_(steps).round_().sum(dims) for part in pieces(x)]
     whole = torch.stack(sums).sum(0) if 0 in dims else torch.cat(sums)
     return whole / steps

@@ -178,7 +178,6 @@ def choose(
     scores: Mapping[str, Tensor],
     ratio: float,
     *,
-    order: Mapping[str, Tensor] | None = None,
     pools: Mapping[str, str] | None = None,
     round_to: int = ROUND_TO,
 ) -> Plan:
@@ -197,8 +196,6 @@ def choose(
             first) or [N]; a step's score is the sum of its units'. Groups that are missing stay
             whole, and count for the ratio.
         ratio: fraction of the groups' weights to remove.
-        order: the same shapes: which units of a group go first, where that shall not follow `scores`; `scores` then
-            only tell how many steps each group loses.
         pools: group name -> pool; None = all are one.
         round_to: widths become multiples of it; 1 = any width.
 
@@ -209,13 +206,12 @@ def choose(
         RequestError: the ratio is out of range, or leaves nothing of some group, or is less than half a step.
     """
     ratio = checked_ratio(ratio)
-    order = order or scores
     pools = pools or {}
     members = [group for group in groups if group.name in scores]
     steps: list[list[list[int]]] = []  # per group, per step: units (heads, neurons, or ranks of dimensions)
     found: dict[str, list[_Block]] = {pools.get(group.name, ""): [] for group in groups}
     for index, group in enumerate(members):
-        made, blocks = _steps(index, group, scores[group.name], order[group.name], round_to)
+        made, blocks = _steps(index, group, scores[group.name], round_to)
         steps.append(made)
         found[pools.get(group.name, "")] += blocks
     totals = dict.fromkeys(found, 0)
@@ -242,44 +238,36 @@ def choose(
     if not gone:
         raise RequestError(f"ratio {ratio} is less than the smallest step of this model: nothing would be removed")
     units = {}
-    for group, made, count, score in zip(members, steps, taken, (order[g.name] for g in members), strict=True):
-        units[group.name] = _kept(group, made[:count], score)
+    for group, made, count in zip(members, steps, taken, strict=True):
+        units[group.name] = _kept(group, made[:count], scores[group.name])
     return Plan(units)
 
 
-def _steps(
-    index: int, group: Group, score: Tensor, order: Tensor, round_to: int
-) -> tuple[list[list[int]], list[_Block]]:
+def _steps(index: int, group: Group, score: Tensor, round_to: int) -> tuple[list[list[int]], list[_Block]]:
     """List what a group can lose, step by step; the densities ascend, so that steps are taken in order."""
-    score, order = score.double(), order.double()
-    shapes = (group.shape[:1], group.shape)
-    if score.shape not in shapes or order.shape != score.shape or not bool((score + order).isfinite().all()):
+    if score.shape not in (group.shape[:1], group.shape) or not score.isfinite().all():
         raise RequestError(f"the scores of {group.name} are not finite, or not as many as it has units")
-    cost = unit_cost(group)
+    cost, width = unit_cost(group), round_to
     if group.kind == "attention" and score.ndim == 1:
         cost, width = cost * group.shape[1], 1
-    elif group.kind == "attention":  # one step takes a dimension of every head
-        score, order = score.sort(1).values.sum(0), torch.arange(group.shape[1]).double()
-        cost, width = cost * group.shape[0], round_to
-    else:
-        width = round_to
-    ranked, ascending = order.sort(stable=True).indices, score.sort().values
+    elif group.kind == "attention":  # one step takes dimensions of every head
+        cost, score = cost * group.shape[0], score.sort(1).values.sum(0)
+    values, ranked = score.double().sort(stable=True)
     count = len(ranked)
-    first = count % width or width
-    edges = [0, *range(first, count, width)]  # without the last step, which would leave nothing
+    edges = [0, *range(count % width or width, count, width)]  # without the last step, which would leave nothing
     steps = [ranked[a:b].tolist() for a, b in pairwise(edges)]
     blocks, density = [], -inf
     for rank, (a, b) in enumerate(pairwise(edges)):
-        density = max(density, float(ascending[a:b].sum()) / ((b - a) * cost))  # rounding changes no order
+        density = max(density, float(values[a:b].sum()) / ((b - a) * cost))  # rounding changes no order
         blocks.append(_Block(index, rank, (b - a) * cost, density))
     return steps, blocks
 
 
-def _kept(group: Group, steps: Iterable[list[int]], order: Tensor) -> Tensor:
+def _kept(group: Group, steps: Iterable[list[int]], score: Tensor) -> Tensor:
     kept = torch.ones(group.shape, dtype=torch.bool)
     gone = [unit for step in steps for unit in step]
-    if group.kind == "attention" and order.ndim == 2:
-        lowest = order.sort(dim=1, stable=True).indices[:, gone]  # per head its own
+    if group.kind == "attention" and score.ndim == 2:
+        lowest = score.sort(dim=1, stable=True).indices[:, gone]  # of each head its own
         return kept.scatter(1, lowest, False)
     kept[gone] = False
     return kept
