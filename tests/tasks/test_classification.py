@@ -50,7 +50,7 @@ def test_two_labels_have_no_top5(processor):
 def test_the_spec_tells_all(processor):
     assert make_spec(processor, LABELS) == {
         "schema_version": 1,
-        "family": "vit",
+        "family": processor.family,
         "task": "classification",
         "image_size": 2,
         "labels": LABELS,

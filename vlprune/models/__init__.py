@@ -47,12 +47,13 @@ class ModelInfo:
 _PUBLISHED = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
 _ALL = ("retrieval", "captioning", "vqa")
 _DUAL = ("retrieval", "zero-shot")
+_CLASSES = ("classification",)
 
 FAMILIES = {
     "blip": FamilyInfo(("blip",), _ALL, "vision encoder, text encoder and text decoder"),
     "clip": FamilyInfo(("clip",), _DUAL, "two encoders, softmax over the batch: OpenAI's, LAION's, any CLIPModel"),
     "siglip": FamilyInfo(("siglip",), _DUAL, "two encoders, a sigmoid per pair: any SiglipModel"),
-    "vit": FamilyInfo(("vit", "deit", "dinov2"), ("classification",), "one vision encoder with a classifier"),
+    "vit": FamilyInfo(("vit", "deit", "dinov2"), _CLASSES, "one vision encoder with a classifier"),
 }
 
 MODELS = {
@@ -80,6 +81,11 @@ MODELS = {
     "clip": ModelInfo("clip", "hub", "openai/clip-vit-base-patch16", _DUAL, "CLIP ViT-B/16 of OpenAI"),
     "clip-vit-l-14": ModelInfo("clip", "hub", "openai/clip-vit-large-patch14", _DUAL, "CLIP ViT-L/14 of OpenAI"),
     "siglip": ModelInfo("siglip", "hub", "google/siglip-base-patch16-224", _DUAL, "SigLIP base of Google"),
+    "vit": ModelInfo("vit", "hub", "google/vit-base-patch16-224", _CLASSES, "ViT-B/16 fine-tuned on ImageNet-1k"),
+    "deit": ModelInfo("vit", "hub", "facebook/deit-small-patch16-224", _CLASSES, "DeiT-S/16 trained on ImageNet-1k"),
+    "dino": ModelInfo(
+        "vit", "hub", "facebook/dinov2-small-imagenet1k-1-layer", _CLASSES, "DINOv2 ViT-S/14, linear ImageNet-1k head"
+    ),
 }
 
 

@@ -88,6 +88,8 @@ class ImageProcessor:
         pixels: how.
     """
 
+    family = "vit"
+
     def __init__(self, pixels: Pixels) -> None:
         self.pixels = pixels
 

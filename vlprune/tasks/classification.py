@@ -25,7 +25,7 @@ def make_spec(processor: Processor, labels: Sequence[str]) -> dict[str, Any]:
     """
     return {
         "schema_version": 1,
-        "family": "vit",
+        "family": processor.family,
         "task": "classification",
         "image_size": processor.image_size,
         "labels": list(labels),
