@@ -129,17 +129,20 @@ def _samples(data: Data, total: int) -> tuple[list[Any], list[str]]:
 
 
 def _texts(spec: Mapping[str, Any], processor: Any, texts: list[str], first: str) -> Arrays:
-    """Tokenise and pad."""
+    """Tokenise and pad, unless the model always reads texts of full length."""
     ids, mask = processor.texts(texts, first, spec["max_length"] - PADDING)
+    if ids.shape[1] == spec["max_length"]:
+        return {"input_ids": ids, "attention_mask": mask}
     right = ((0, 0), (0, PADDING))
     padded = np.pad(ids, right, constant_values=spec["pad_token_id"])
     return {"input_ids": padded, "attention_mask": np.pad(mask, right)}
 
 
 def _retrieval(run: Run, spec: Mapping[str, Any], processor: Any, pixels: np.ndarray, texts: list[str]) -> None:
-    states = run("image_encoder", {"pixel_values": pixels})["image_states"]
+    outputs = run("image_encoder", {"pixel_values": pixels})
     run("text_encoder", _texts(spec, processor, texts, "cls"))
-    run("itm", {**_texts(spec, processor, texts, "enc"), "image_states": states})
+    if "image_states" in outputs:
+        run("itm", {**_texts(spec, processor, texts, "enc"), "image_states": outputs["image_states"]})
 
 
 def _captioning(run: Run, spec: Mapping[str, Any], processor: Any, pixels: np.ndarray, texts: list[str]) -> None:

@@ -10,6 +10,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]", "[ENC]"]
 class FakeProcessor:
     """Image i becomes pixels of value i; words get ids in the order in which they first appear."""
 
+    family = "blip"
     image_size = 2
     pad_id, sep_id = 0, 3
     first_ids = {"cls": 2, "dec": 4, "enc": 5}  # noqa: RUF012
@@ -34,6 +35,10 @@ class FakeProcessor:
             ids[index, : len(row)] = row
             mask[index, : len(row)] = 1
         return ids, mask
+
+    def special_ids(self):
+        firsts = {f"{name}_token_id": number for name, number in self.first_ids.items()}
+        return {"pad_token_id": self.pad_id, "sep_token_id": self.sep_id, **firsts}
 
     def prompt_ids(self, prompt):
         return [4, *self.ids(prompt)]

@@ -16,7 +16,7 @@ from transformers.models.clip.modeling_clip import CLIPTextTransformer, CLIPVisi
 
 from vlprune.errors import RequestError
 from vlprune.models.attention import mask_bias
-from vlprune.models.dual import DualEncoder, start
+from vlprune.models.dual import DualEncoder, start, step
 from vlprune.models.family import Batch, Source, State, Steps
 from vlprune.models.pixels import Pixels
 from vlprune.models.processor import CLIP_MEAN, CLIP_STD
@@ -62,6 +62,11 @@ class Clip(DualEncoder):
         self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(self.initial["logit_scale"]))
 
+    @property
+    def width(self) -> int:
+        """Width of the joint space, E."""
+        return self.visual_projection.out_features
+
     def image_tower(self) -> Steps:
         """Give the image tower in pieces (see `Steps`).
 
@@ -72,14 +77,14 @@ class Clip(DualEncoder):
 
         def begin(batch: Batch) -> State:
             patches = vision.embeddings.patch_embedding(batch["pixel_values"]).flatten(2).transpose(1, 2)
-            first = vision.embeddings.class_embedding.expand(len(patches), 1, -1)
+            first = vision.embeddings.class_embedding.expand(patches.shape[0], 1, -1)
             x = torch.cat([first, patches], dim=1) + vision.embeddings.position_embedding.weight
             return {"x": vision.pre_layrnorm(x)}
 
         def finish(state: State) -> Tensor:
             return F.normalize(self.visual_projection(vision.post_layernorm(state["x"][:, 0])), dim=-1)
 
-        return Steps(begin, [partial(_step, layer) for layer in vision.encoder.layers], finish)
+        return Steps(begin, [partial(step, layer) for layer in vision.encoder.layers], finish)
 
     def text_tower(self) -> Steps:
         """Give the text tower in pieces (see `Steps`).
@@ -98,10 +103,10 @@ class Clip(DualEncoder):
 
         def finish(state: State) -> Tensor:
             x, last = state["x"], state["last"]
-            pooled = x[torch.arange(len(x), device=x.device), last]
+            pooled = x[torch.arange(x.shape[0], device=x.device), last]
             return F.normalize(self.text_projection(text.final_layer_norm(pooled)), dim=-1)
 
-        return Steps(begin, [partial(_step, layer) for layer in text.encoder.layers], finish)
+        return Steps(begin, [partial(step, layer) for layer in text.encoder.layers], finish)
 
     def _last(self, ids: Tensor) -> Tensor:
         """Find the first end token of each text [B], which padding may repeat."""
@@ -126,10 +131,6 @@ class Clip(DualEncoder):
         share = same.float()
         to_text, to_image = share / share.sum(1, keepdim=True), share.T / share.T.sum(1, keepdim=True)
         return (F.cross_entropy(logits, to_text) + F.cross_entropy(logits.T, to_image)) / 2
-
-
-def _step(layer: nn.Module, state: State) -> State:
-    return {**state, "x": layer(state["x"], state.get("bias"))}
 
 
 def from_folder(

@@ -23,7 +23,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 from vlprune.errors import RequestError
 from vlprune.files import write_json
 from vlprune.models.attention import attend
-from vlprune.models.family import Batch, Group, PrunableLayer, Source, Steps, Tower, Valid
+from vlprune.models.family import Batch, Group, PrunableLayer, Source, State, Steps, Tower, Valid
 from vlprune.models.text_processor import EncoderProcessor
 from vlprune.structured.surgery import sizes
 
@@ -84,6 +84,19 @@ class EncoderLayer(CLIPEncoderLayer):
         return x + self.mlp(self.layer_norm2(x))
 
 
+def step(layer: nn.Module, state: State) -> State:
+    """Run one layer of a tower (see `Steps`).
+
+    Args:
+        layer: an `EncoderLayer`.
+        state: "x" [B, T, D] and, for texts, "bias".
+
+    Returns:
+        State: the next one.
+    """
+    return {**state, "x": layer(state["x"], state.get("bias"))}
+
+
 class DualEncoder(nn.Module, ABC):
     """A vision and a text tower; families add how a tower begins and ends, and the loss.
 
@@ -102,7 +115,7 @@ class DualEncoder(nn.Module, ABC):
     architecture: str  # the Hugging Face class that reads what is saved
     heads: tuple[str, ...]  # what the names of the parameters outside the towers begin with
     initial: dict[str, float]  # parameters that start from a value, and no random one
-    tasks: tuple[str, ...] = ("retrieval",)
+    tasks: tuple[str, ...] = ("retrieval", "zero-shot")
 
     def __init__(self, config: Any, processor: EncoderProcessor, source: Source) -> None:
         super().__init__()
@@ -123,6 +136,11 @@ class DualEncoder(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.get_parameter("logit_scale").device
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Width of the joint space, E."""
 
     # --- pruning ---------------------------------------------------------------------------------------------------
 
@@ -248,7 +266,7 @@ class DualEncoder(nn.Module, ABC):
         """The fine-tuning loss of a task.
 
         Args:
-            task: "retrieval".
+            task: one of `tasks`; the classes of zero-shot are learned as captions of their images.
             batch: made by `caption_batch`.
 
         Returns:

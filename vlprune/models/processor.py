@@ -42,6 +42,8 @@ class Processor:
         std: per-channel standard deviation.
     """
 
+    family = "blip"
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
@@ -114,6 +116,15 @@ class Processor:
         mask = np.asarray(encoded["attention_mask"], np.int64)
         ids[:, 0] = self.first_ids[first]
         return ids, mask
+
+    def special_ids(self) -> dict[str, int]:
+        """Name the special tokens, for task.json.
+
+        Returns:
+            dict[str, int]: by name.
+        """
+        firsts = {f"{name}_token_id": self.first_ids[name] for name in ("cls", "enc", "dec")}
+        return {"pad_token_id": self.pad_id, "sep_token_id": self.sep_id, **firsts}
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Tokenise a decoder prompt: [DEC] and the prompt's tokens, no [SEP].

@@ -14,18 +14,21 @@ Spec = Mapping[str, Any]
 
 
 class Processor(Protocol):
-    """What the tasks need of `vlprune.models.processor.Processor`."""
+    """What the tasks need of a family's processor; generating tasks need all of it."""
 
+    family: str
     image_size: int
     pad_id: int
     sep_id: int
-    first_ids: dict[str, int]
 
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Turn images into float32 [B, 3, image_size, image_size]."""
 
     def texts(self, texts: Sequence[str], first: Any = "cls", max_length: int = 35) -> tuple[np.ndarray, np.ndarray]:
         """Turn texts into ids and mask, int64 [B, T], padded on the right."""
+
+    def special_ids(self) -> dict[str, int]:
+        """Name the special tokens."""
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Turn a decoder prompt into [DEC] and its tokens."""
@@ -47,15 +50,11 @@ def base_spec(task: str, processor: Processor, max_length: int) -> dict[str, Any
     """
     return {
         "schema_version": 1,
-        "family": "blip",
+        "family": processor.family,
         "task": task,
         "image_size": processor.image_size,
         "max_length": max_length,
-        "pad_token_id": processor.pad_id,
-        "cls_token_id": processor.first_ids["cls"],
-        "sep_token_id": processor.sep_id,
-        "enc_token_id": processor.first_ids["enc"],
-        "dec_token_id": processor.first_ids["dec"],
+        **processor.special_ids(),
     }
 
 
