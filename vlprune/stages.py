@@ -20,13 +20,25 @@ from typing import Any, Literal
 import torch
 
 from vlprune import exporters
-from vlprune.data import CaptionData, MissingSplitError, VqaData, check_images, open_calibration, open_data
+from vlprune.data import (
+    KINDS,
+    CaptionData,
+    ClassData,
+    Data,
+    MissingSplitError,
+    VqaData,
+    check_images,
+    match_labels,
+    open_calibration,
+    open_data,
+    open_images,
+)
 from vlprune.errors import RequestError
 from vlprune.exporters import packed_files
 from vlprune.exporters.pack import resolve_target
 from vlprune.files import atomic_path, disk_errors, read_json
 from vlprune.models import load, loading
-from vlprune.models.family import Model, apply_masks, fingerprint, masks_for
+from vlprune.models.family import Batch, Model, apply_masks, fingerprint, masks_for
 from vlprune.progress import track
 from vlprune.pruning import Layer, Pruned, get_method, prune_layers_at
 from vlprune.pruning.masks import load_masks, save_masks, sparsity_summary
@@ -79,7 +91,7 @@ class Stages:
         self.batch = BATCH
         self.seconds: float | None = None  # of timing, None = BENCH_SECONDS
         self._quantised: dict[str, tempfile.TemporaryDirectory[str]] = {}
-        self._data: dict[tuple[str, str], CaptionData | VqaData] = {}
+        self._data: dict[tuple[str, str], Data] = {}
 
     # --- what stages share -----------------------------------------------------------------------------------------
 
@@ -179,23 +191,52 @@ class Stages:
         suffix = "" if pattern == "unstructured" else "-" + pattern.replace(":", "of")
         return f"{self.recipe['method']}-{ratio}{suffix}"
 
-    def data(self, task: str, split: str) -> CaptionData | VqaData:
+    def data(self, task: str, split: str) -> Data:
         """Open the data of a task once; the test split is limited to `samples`."""
-        kind = "captioning" if task == "retrieval" else task
         source = self.recipe["data"][task]
-        key = (f"{kind} {source}", split)
+        key = (f"{KINDS[task].__name__} {source}", split)
         if key not in self._data:
             limit = self.recipe["samples"] if split == "test" else None
             skip = self.recipe["skip_broken"]
-            self._data[key] = check_images(open_data(task, source, split, skip, limit), skip)
+            data = open_data(task, source, split, skip, limit)
+            if task == "classification" and isinstance(data, ClassData):
+                match_labels(self._labels, data)  # raises the explanation
+            self._data[key] = check_images(data, skip)
         return self._data[key]
 
+    @property
+    def _labels(self) -> list[str]:
+        """What a model that classifies tells apart."""
+        model: Any = self.model
+        return list(model.labels)
+
     @cached_property
-    def calibration(self) -> CaptionData:
-        """Open the images and captions of the calibration pass."""
+    def calibration(self) -> CaptionData | ClassData:
+        """Open the images of the calibration pass, with captions where the model reads them."""
         recipe = self.recipe
-        data = open_calibration(recipe["calibration"], recipe["skip_broken"], recipe["calibration_samples"])
+        opened = open_calibration if self._reads else open_images
+        data = opened(recipe["calibration"], recipe["skip_broken"], recipe["calibration_samples"])
         return check_images(data, recipe["skip_broken"])
+
+    @property
+    def _reads(self) -> bool:
+        """Whether the model reads texts."""
+        return hasattr(self.model, "caption_batch")
+
+    def calibration_batch(self, model: Any, rows: range) -> Batch:
+        """Make a batch of the calibration pass.
+
+        Args:
+            model: makes it.
+            rows: which images.
+
+        Returns:
+            Batch: on the device of the model.
+        """
+        data, images = self.calibration, [self.calibration.images[i] for i in rows]
+        if self._reads and isinstance(data, CaptionData):
+            return model.caption_batch(images, [data.captions[i][0] for i in rows], rows)
+        return model.class_batch(images, [0] * len(images))  # calibration looks at no label
 
     def pruned(self, ratio: float) -> Pruned:
         """Load the masks of a ratio."""
@@ -253,16 +294,15 @@ class Stages:
 
     def _collect(self, path: Path) -> dict[str, Any]:
         data = self.calibration
-        model: Any = self.model.to(self.device).eval()  # of a family that reads captions
+        model = self.model.to(self.device).eval()
         norms = InputNorms({layer.name: (layer.modules, layer.tokens) for layer in model.layers()})
         with norms.collect():
-            for start in track(range(0, len(data.captions), self.batch), "Calibrating"):
-                rows = range(start, min(start + self.batch, len(data.captions)))
-                captions = [data.captions[i][0] for i in rows]
-                model.calibrate(model.caption_batch([data.images[i] for i in rows], captions, rows), norms.valid)
+            for start in track(range(0, data.samples, self.batch), "Calibrating"):
+                rows = range(start, min(start + self.batch, data.samples))
+                model.calibrate(self.calibration_batch(model, rows), norms.valid)
         found = norms.result()
         self.model.to("cpu")
-        metadata = {"model": self.fingerprint, "dataset": data.name, "images": len(data.captions)}
+        metadata = {"model": self.fingerprint, "dataset": data.name, "images": data.samples}
         save_statistics(path, found, metadata)
         return {"skipped": data.skipped}
 
@@ -379,6 +419,8 @@ class Stages:
         options = dict(self.model.options.get(task, {}))
         if task == "vqa":
             options["answers"] = self._answers(task)
+        if task == "zero-shot" and isinstance(data := self.data(task, "test"), ClassData):
+            options |= {"classes": data.classes, "templates": data.templates}
         return exporters.task_spec(model, task, **options)
 
     def _answers(self, task: str) -> list[str] | None:
