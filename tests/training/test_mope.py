@@ -259,11 +259,11 @@ def test_pairs_are_drawn_without_a_caption_twice(data):
 
 def test_ties_count_against_the_model():
     vectors = torch.eye(4)
-    recall, loss = mope.retrieval_score(vectors, vectors, 0.5)
+    recall, loss = mope.retrieval_score(vectors, vectors, 2.0)
     assert float(recall) == 1.0
     assert float(loss) == pytest.approx(float(np.log(3 + np.exp(2.0)) - 2.0))
     same = torch.ones(12, 1)
-    recall, loss = mope.retrieval_score(same, same, 0.5)
+    recall, loss = mope.retrieval_score(same, same, 2.0)
     assert float(recall) == 0.0 and float(loss) == pytest.approx(np.log(12))
     # image 1 finds text 0 first, text 1 still its image
     texts = torch.tensor([[0.8, 0.6], [0.0, 1.0]])

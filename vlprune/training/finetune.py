@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from vlprune import names
 from vlprune.data.sets import KINDS, CaptionData, Data
 from vlprune.errors import MachineError, RequestError
 from vlprune.models.family import Model, PrunableLayer
+from vlprune.training.distill import Teacher
 from vlprune.training.loop import SAVE_SECONDS, Settings, Watcher, accelerator, train
 from vlprune.training.pretrain import cosine
 
@@ -22,13 +24,15 @@ from vlprune.training.pretrain import cosine
 Precision = Literal["auto", "bf16", "fp32"]
 
 # MULTIFLOW's configs/blip/*.yaml; 32 is their batch per GPU, on 4 or 8 GPUs. Classification: its DINO on ImageNet.
-# Zero-shot: UPop's CLIP, trained for retrieval on COCO (compress_clip.py), as the loss is the same.
+# Zero-shot: UPop's CLIP, trained for retrieval on COCO (compress_clip.py), as the loss is the same. NLVR: UPop's
+# configs/nlvr.yaml, which goes on from weights already fine-tuned on NLVR2.
 AUTHORS: dict[str, dict[str, float]] = {
     "retrieval": {"lr": 1e-5, "epochs": 6, "batch_size": 32},
     "captioning": {"lr": 1e-5, "epochs": 5, "batch_size": 32},
     "vqa": {"lr": 2e-5, "epochs": 10, "batch_size": 32},
     "zero-shot": {"lr": 1e-5, "epochs": 6, "batch_size": 32},
     "classification": {"lr": 1e-5, "epochs": 10, "batch_size": 32},
+    "nlvr": {"lr": 3e-6, "epochs": 15, "batch_size": 32},
 }
 WARMUP = 0.05  # share of the steps
 
@@ -209,6 +213,7 @@ def finetune(
     masks: Mapping[str, Tensor],
     options: FinetuneOptions | None = None,
     *,
+    teacher: Teacher | None = None,
     state_dir: Path | str | None = None,
     save_seconds: float = SAVE_SECONDS,
     label: str = "Fine-tuning",
@@ -223,8 +228,9 @@ def finetune(
         data: training data, of the task's kind (`vlprune.data.KINDS`).
         masks: layer name -> bool [out, in], True = kept; {} for a dense model.
         options: None = all defaults.
+        teacher: dense model whose embeddings and states the model is trained to resemble, too; for retrieval only.
         state_dir: folder where the training is saved every minute, and continued from if it was the same training (same
-            weights, masks, data and settings); the caller removes it when the result is safe.
+            weights, masks, teacher, data and settings); the caller removes it when the result is safe.
         save_seconds: time between two saves, at least; saves take at most a tenth of the time.
         label: what the progress bar says.
 
@@ -237,7 +243,11 @@ def finetune(
         MachineError: no CUDA, no space.
     """
     settings = settle(options or FinetuneOptions(), model, task, data)
-    model.to(accelerator(settings).device)
+    device = accelerator(settings).device
+    model.to(device)
+    if teacher is not None:
+        teacher.check(model, task)
+        teacher.model.to(device).eval()
     lock = MaskLock(model.layers(), masks)
     lock.zero_weights()
     heads = {id(p) for p in model.head_parameters(task)}
@@ -245,5 +255,7 @@ def finetune(
     warmup = max(1, round(WARMUP * settings.steps))
     return train(
         model, task, data, settings, trained, lambda step: settings.lr * cosine(step, settings.steps, warmup),
-        watcher=lock, depends=sorted(masks.items()), state_dir=state_dir, save_seconds=save_seconds, label=label,
+        loss=None if teacher is None else partial(teacher.loss, model), watcher=lock,
+        depends=[*sorted(masks.items()), *([] if teacher is None else teacher.depends())],
+        state_dir=state_dir, save_seconds=save_seconds, label=label,
     )  # fmt: skip

@@ -288,7 +288,7 @@ class Evaluation:
     def _score(self, outputs: Mapping[str, Tensor]) -> Score:
         recalls, losses = [], []
         if "text" in outputs:
-            recall, loss = retrieval_score(outputs["image"], outputs["text"], temperature(self.model))
+            recall, loss = retrieval_score(outputs["image"], outputs["text"], float(similarity_scale(self.model)))
             recalls.append(recall)
             losses.append(loss)
         for way in self.cross:
@@ -304,27 +304,25 @@ class Evaluation:
         return score
 
 
-def temperature(model: Any) -> float:
-    """What a family divides similarities by.
+def similarity_scale(model: Any) -> Tensor:
+    """What a family multiplies similarities by in its contrastive loss.
 
     Args:
-        model: BLIP has it as it is (`temp`), the others as the logarithm of a factor (`logit_scale`).
+        model: BLIP has one over it (`temp`), the others its logarithm (`logit_scale`).
 
     Returns:
-        float: positive.
+        Tensor: a positive scalar.
     """
-    if hasattr(model, "temp"):
-        return float(model.temp.detach())
-    return math.exp(-float(model.logit_scale.detach()))
+    return 1 / model.temp if hasattr(model, "temp") else model.logit_scale.exp()
 
 
-def retrieval_score(images: Tensor, texts: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def retrieval_score(images: Tensor, texts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Score retrieval among pairs; ties count against the model.
 
     Args:
         images: unit vectors [N, E].
         texts: unit vectors [N, E]; row i belongs to image i.
-        temperature: of the contrastive loss.
+        scale: of the similarities in the contrastive loss.
 
     Returns:
         tuple[Tensor, Tensor]: mean of recall at 1, 5 and 10 both ways; contrastive loss. Scalars, float64.
@@ -334,7 +332,7 @@ def retrieval_score(images: Tensor, texts: Tensor, temperature: float) -> tuple[
     ranks = torch.cat([(similarity >= own[:, None]).sum(1), (similarity >= own).sum(0)])  # 1 = first
     recall = torch.stack([(ranks <= k).double().mean() for k in RECALL_AT]).mean()
     target = torch.arange(len(own), device=own.device)
-    logits = similarity / temperature
+    logits = similarity * scale
     return recall, (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
