@@ -118,6 +118,16 @@ def test_equal_errors_are_told_apart_by_the_loss():
     assert set((~(kept if kept.ndim == 1 else kept.any(1))).nonzero().flatten().tolist()) == set(gone.tolist())
 
 
+def test_a_recall_that_is_better_without_a_module_is_no_reason_to_remove_it_first():
+    found = table(3, **every(0.0))
+    worst = max((float(e[:, 1].max()), name) for name, e in found.units.items())[1]
+    index = int(found.units[worst][:, 1].argmax())
+    before = plan_from(found, GROUPS, TOWERS, 0.3)
+    found.units[worst][index, 0] = -0.1
+    after = plan_from(found, GROUPS, TOWERS, 0.3)
+    assert all(torch.equal(before.units[name], after.units[name]) for name in before.units | after.units)
+
+
 def test_the_rest_of_the_ratio_goes_by_the_least_important_neurons():
     group = ffn("vision", 0, neurons=64)  # two groups of 32 neurons: 512 weights each
     other = ffn("text", 0, neurons=64)

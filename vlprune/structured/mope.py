@@ -8,7 +8,8 @@ From a table to a plan the paper prunes "consecutively from width to depth". It 
 ours:
 
 1. Width: heads and neuron groups of all towers in one ranking by error per weight are removed up to the ratio, but at
-   most `width` (half) of the weights. Every attention keeps a head, every feed-forward network a neuron group.
+   most `width` (half) of the weights. Every attention keeps a head, every feed-forward network a neuron group. A
+   module without which recall is better, by chance as a rule, counts as one without error.
 2. Depth: when the ratio asks for more, layers are removed in the order of error per weight that width left in them.
    Every tower keeps a layer.
 3. What whole layers cannot hit exactly is made up by width in the layers that stay, at last by single neurons (the
@@ -284,7 +285,9 @@ class _Part:
         for place, group in enumerate(self.groups):
             for index, (error, loss) in enumerate(self.table.units[group.name].tolist()):
                 weights = len(self._units(group, index)) * self.cost[group.name]
-                found.append(_Candidate((error / weights, loss / weights, place, index), group, index, weights))
+                found.append(
+                    _Candidate((max(error, 0.0) / weights, loss / weights, place, index), group, index, weights)
+                )
         return found
 
     def _units(self, group: Group, index: int) -> Tensor:
@@ -337,7 +340,7 @@ class _Part:
                     continue
                 members = [group for group in self.groups if (group.tower, group.layer) == (tower.name, index)]
                 weights = sum(int(self.kept[group.name].sum()) * self.cost[group.name] for group in members)
-                found.append(((error / weights, loss / weights, place, index), tower, index, weights))
+                found.append(((max(error, 0.0) / weights, loss / weights, place, index), tower, index, weights))
         for _, tower, index, weights in sorted(found, key=lambda entry: entry[0]):
             if left - weights >= goal and int(self.layers[tower.name].sum()) > 1:
                 self.layers[tower.name][index] = False
