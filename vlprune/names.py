@@ -13,7 +13,7 @@ from vlprune.errors import RequestError
 UNSTRUCTURED = ("multiflow", "omp", "local-magnitude", "modal-magnitude", "l2", "lamp", "random")
 STRUCTURED = ("multiflow-structured", "magnitude-structured", "isomorphic", "upop", "mope")
 METHODS = (*UNSTRUCTURED, *STRUCTURED)
-TASKS = ("retrieval", "captioning", "vqa", "zero-shot", "classification")
+TASKS = ("retrieval", "captioning", "vqa", "zero-shot", "classification", "nlvr")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 PACKINGS = ("none", "sparse")
 PACKED_VALUES = ("fp32", "fp16")

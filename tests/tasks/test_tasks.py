@@ -3,7 +3,7 @@
 import pytest
 
 from vlprune import names
-from vlprune.data.sets import KINDS, CaptionData, ClassData, VqaData
+from vlprune.data.sets import KINDS, CaptionData, ClassData, NlvrData, VqaData
 from vlprune.errors import RequestError
 from vlprune.tasks import PRIMARY, TASKS, evaluate, get_task
 
@@ -26,6 +26,7 @@ def test_no_samples(task, processor):
         VqaData: VqaData("empty", [], [], None),
         CaptionData: CaptionData("empty", [], []),
         ClassData: ClassData("empty", [], [], ["cat"]),
+        NlvrData: NlvrData("empty", [], []),
     }
     data = empty[KINDS[task]]
     with pytest.raises(RequestError, match=f"empty has no samples to score {task} on"):

@@ -1,4 +1,4 @@
-"""What every reader returns: images opened on demand, with captions, with questions and answers, or with classes."""
+"""What every reader returns: images opened on demand, with captions, questions and answers, classes, or in pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -153,13 +153,74 @@ class ClassData:
         return replace(self, images=_subset(self.images, indices), labels=[self.labels[i] for i in indices])
 
 
-Data = CaptionData | VqaData | ClassData
+@dataclass(frozen=True)
+class Pair:
+    """One sentence about two images.
+
+    Attributes:
+        left: index of the first image among the images of its data set.
+        right: of the second.
+        sentence: says something about both.
+        label: whether it is true.
+    """
+
+    left: int
+    right: int
+    sentence: str
+    label: bool
+
+
+@dataclass(frozen=True)
+class NlvrData:
+    """Pairs of images with a sentence each, true or false.
+
+    Attributes:
+        name: short name of the data set, for reports.
+        images: N images; indexing opens one as RGB.
+        pairs: the sentences, each naming its images by index.
+        reasons: why records were skipped -> how many; empty unless broken records are skipped.
+    """
+
+    name: str
+    images: Sequence[Image.Image]
+    pairs: list[Pair]
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    holds: ClassVar[str] = "pairs of images"
+
+    @property
+    def samples(self) -> int:
+        """Number of sentences, which are scored one by one."""
+        return len(self.pairs)
+
+    @property
+    def skipped(self) -> int:
+        """Number of records left out because they were broken."""
+        return sum(self.reasons.values())
+
+    def keep(self, indices: Sequence[int]) -> "NlvrData":
+        """Keep some of the images, with the sentences about two of them.
+
+        Args:
+            indices: the images to keep, in their new order.
+
+        Returns:
+            NlvrData: of these images, which its pairs name by their new index.
+        """
+        place = {old: new for new, old in enumerate(indices)}
+        known = [pair for pair in self.pairs if {pair.left, pair.right} <= place.keys()]
+        pairs = [replace(pair, left=place[pair.left], right=place[pair.right]) for pair in known]
+        return replace(self, images=_subset(self.images, indices), pairs=pairs)
+
+
+Data = CaptionData | VqaData | ClassData | NlvrData
 KINDS: dict[str, type[Data]] = {  # what a task reads
     "retrieval": CaptionData,
     "captioning": CaptionData,
     "vqa": VqaData,
     "zero-shot": ClassData,
     "classification": ClassData,
+    "nlvr": NlvrData,
 }
 
 

@@ -1,15 +1,17 @@
 """From what the user types after `--data` or `--calibration` to a data set."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlprune.data.captions import caption_split, is_caption_record, read_captions
 from vlprune.data.classes import read_classes, read_pair
+from vlprune.data.nlvr import is_nlvr_record, read_nlvr, scenes_nlvr
 from vlprune.data.records import MissingSplitError, read_records
 from vlprune.data.scenes import QUESTIONS_PER_SCENE, scenes_captions, scenes_classes, scenes_vqa
-from vlprune.data.sets import KINDS, CaptionData, ClassData, Data, VqaData
+from vlprune.data.sets import KINDS, CaptionData, ClassData, Data, NlvrData, VqaData
 from vlprune.data.vqa import is_vqa_record, read_vqa, vqa_split
 from vlprune.errors import RequestError
 
@@ -27,12 +29,25 @@ CLASS_SOURCES = (
     "a folder with train/<class>/ and test/<class>/ (or val) of images, TRAIN_FOLDER,TEST_FOLDER, or, to be scored on "
     "only, a folder with <class>/"
 )
+IMAGE_SOURCES = "a folder of images, by class (DIR/<class>/, DIR/train/<class>/) or not, or captioned images"
+NLVR_SOURCES = (
+    "a folder with *train*.json and *test*.json (BLIP's NLVR2 JSON: images, sentence, label), TRAIN.json,TEST.json, or "
+    "one such file"
+)
 SCENES = {"train": 10_000, "test": 500}  # how many of the embedded scenes when no limit is given
 
 # "train" as a word of a file name, also in train2014; "val" serves as test where there is no "test".
 _WORDS = {
     split: [re.compile(rf"(?<![a-z]){word}(?![a-z])") for word in words]
     for split, words in {"train": ["train"], "test": ["test", "(?:val|valid|validation|dev)"]}.items()
+}
+
+
+_ACCEPTED: dict[type, str] = {
+    CaptionData: CAPTION_SOURCES,
+    VqaData: VQA_SOURCES,
+    ClassData: CLASS_SOURCES,
+    NlvrData: NLVR_SOURCES,
 }
 
 
@@ -45,7 +60,22 @@ def accepted(task: str) -> str:
     Returns:
         str: for messages.
     """
-    return {VqaData: VQA_SOURCES, ClassData: CLASS_SOURCES, CaptionData: CAPTION_SOURCES}[KINDS[task]]
+    return _ACCEPTED[KINDS[task]]
+
+
+def accepted_by(tasks: Iterable[str]) -> str:
+    """Say what each of several tasks reads.
+
+    Args:
+        tasks: some of `KINDS`.
+
+    Returns:
+        str: for messages, as in "for retrieval and captioning a folder with ...; for vqa a folder with ...".
+    """
+    named: dict[str, list[str]] = {}
+    for task in tasks:
+        named.setdefault(accepted(task), []).append(task)
+    return "; ".join(f"for {' and '.join(names)} {text}" for text, names in named.items())
 
 
 def open_data(task: str, source: str, split: str, skip_broken: bool = False, limit: int | None = None) -> Data:
@@ -56,7 +86,8 @@ def open_data(task: str, source: str, split: str, skip_broken: bool = False, lim
         source: "scenes" (embedded; "./scenes" is a folder), or one of `accepted(task)`.
         split: "train" or "test".
         skip_broken: leave broken records out and count them in `reasons`, instead of refusing the file.
-        limit: at most this many images, or questions for vqa, from the start; of the embedded scenes exactly this many.
+        limit: at most this many images, questions for vqa, or pairs for nlvr, from the start; of the embedded scenes
+            exactly this many.
 
     Returns:
         Data: images that exist but have not been decoded, see `check_images`.
@@ -75,9 +106,13 @@ def open_data(task: str, source: str, split: str, skip_broken: bool = False, lim
             return scenes_vqa(split, limit or SCENES[split] * QUESTIONS_PER_SCENE)
         if KINDS[task] is ClassData:
             return scenes_classes(split, limit or SCENES[split])
+        if KINDS[task] is NlvrData:
+            return scenes_nlvr(split, limit or SCENES[split])
         return scenes_captions(split, limit or SCENES[split])
     if KINDS[task] is VqaData:
         return _first_questions(_open_vqa(source, split, skip_broken), limit)
+    if KINDS[task] is NlvrData:
+        return _first_pairs(_open_nlvr(source, split, skip_broken), limit)
     if KINDS[task] is ClassData:
         data = _open_classes(source, split, skip_broken)
         return data if limit is None or limit >= len(data.images) else data.keep(range(limit))
@@ -140,6 +175,13 @@ def _first_questions(data: VqaData, limit: int | None) -> VqaData:
     return data.keep(list(dict.fromkeys(question.image for question in data.questions)))
 
 
+def _first_pairs(data: NlvrData, limit: int | None) -> NlvrData:
+    if limit is None or limit >= len(data.pairs):
+        return data
+    data = replace(data, pairs=data.pairs[:limit])
+    return data.keep(list(dict.fromkeys(image for pair in data.pairs for image in (pair.left, pair.right))))
+
+
 def _open_captions(source: str, split: str, skip_broken: bool) -> CaptionData:
     pair = _pair(source)
     if pair:
@@ -172,6 +214,17 @@ def _open_vqa(source: str, split: str, skip_broken: bool) -> VqaData:
     records = _vqa_records(path)
     _must_be(split, vqa_split(records), path)
     return read_vqa(path, skip_broken, records=records)
+
+
+def _open_nlvr(source: str, split: str, skip_broken: bool) -> NlvrData:
+    pair = _pair(source)
+    path = _existing(pair[SPLITS.index(split)] if pair else source, NLVR_SOURCES)
+    if path.is_dir():
+        file, records = _in_folder(path, split, is_nlvr_record, "sentences about two images", NLVR_SOURCES)
+        return read_nlvr(file, skip_broken, path.resolve().name, records)
+    if not pair:
+        _must_be(split, "train" if any(w.search(path.stem.lower()) for w in _WORDS["train"]) else "test", path)
+    return read_nlvr(path, skip_broken)
 
 
 def _open_classes(source: str, split: str, skip_broken: bool) -> ClassData:

@@ -14,6 +14,7 @@ HEADLINES = {
     "vqa": ("accuracy",),
     "zero-shot": ("top1",),
     "classification": ("top1",),
+    "nlvr": ("accuracy",),
 }
 
 TITLES = {

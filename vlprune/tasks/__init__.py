@@ -1,4 +1,4 @@
-"""The tasks a model is scored on: retrieval, captioning, question answering, classification.
+"""The tasks a model is scored on: retrieval, captioning, question answering, classification, reasoning.
 
 Evaluation sees only graphs (callables from named arrays to named arrays), so the same code scores PyTorch modules and
 exported ONNX files.
@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from vlprune.errors import RequestError
-from vlprune.tasks import captioning, classification, retrieval, vqa, zero_shot
+from vlprune.tasks import captioning, classification, nlvr, retrieval, vqa, zero_shot
 from vlprune.tasks.common import Graphs, Processor, Spec
 from vlprune.tasks.metrics import Scores
 
@@ -60,6 +60,7 @@ TASKS = {
             classification.make_spec,
             classification.evaluate,
         ),
+        Task("nlvr", "tell whether a sentence is true of two images", "accuracy", nlvr.make_spec, nlvr.evaluate),
     )
 }
 PRIMARY = {task.name: task.primary for task in TASKS.values()}

@@ -6,7 +6,7 @@ mean_r1                  mean of i2t_r1 and t2i_r1
 bleu_1 .. bleu_4         corpus BLEU, 0 to 1 (Papineni et al., 2002, as in pycocoevalcap)
 cider                    CIDEr-D, 0 to 10: "133.3" in papers is 1.333 (Vedantam et al., 2015, as in pycocoevalcap)
 exact                    share of captions equal, word for word, to a reference
-accuracy                 official VQA accuracy, 0 to 1
+accuracy                 official VQA accuracy, or share of sentences judged rightly, 0 to 1
 top1, top5               share of images whose class is the best, or among the best 5
 """
 

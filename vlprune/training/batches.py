@@ -1,4 +1,4 @@
-"""The batches of a training: which images, captions and questions a step sees follows from (seed, step) alone."""
+"""The batches of a training: which images and texts a step sees follows from (seed, step) alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vlprune.data.classes import match_labels
-from vlprune.data.sets import ClassData, Data, VqaData
+from vlprune.data.sets import ClassData, Data, NlvrData, VqaData
 from vlprune.models.family import Batch, Model
 from vlprune.tasks.zero_shot import TEMPLATES
 
@@ -90,6 +90,8 @@ class Batches:
     def _shown(self, rows: np.ndarray) -> np.ndarray:
         if isinstance(self.data, VqaData):
             return np.unique([self.data.questions[row].image for row in rows])
+        if isinstance(self.data, NlvrData):
+            return np.unique([(self.data.pairs[row].left, self.data.pairs[row].right) for row in rows])
         return rows
 
     def _batch(self, rows: np.ndarray, pixels: np.ndarray, step: int) -> Batch:
@@ -98,6 +100,10 @@ class Batches:
             where = np.searchsorted(self._shown(rows), [question.image for question in questions])
             texts, answers = [q.question for q in questions], [q.answers for q in questions]
             return self.model.vqa_batch(pixels, where.tolist(), texts, answers)
+        if isinstance(self.data, NlvrData):
+            pairs = [self.data.pairs[row] for row in rows]
+            where = np.searchsorted(self._shown(rows), [(pair.left, pair.right) for pair in pairs])
+            return self.model.nlvr_batch(pixels, where, [p.sentence for p in pairs], [p.label for p in pairs])
         if isinstance(self.data, ClassData) and self.classifies:
             return self.model.class_batch(pixels, [self.place[self.data.labels[row]] for row in rows])
         # Pass by pass an image goes through its captions in a circle, each image from a place of its own.
@@ -112,7 +118,7 @@ class Batches:
         if isinstance(self.data, ClassData):
             name = self.data.classes[self.data.labels[row]]
             return [template.replace("{}", name) for template in self.data.templates or TEMPLATES]
-        assert not isinstance(self.data, VqaData)
+        assert not isinstance(self.data, VqaData | NlvrData)
         return self.data.captions[row]
 
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from vlprune.data.sets import CaptionData, Data, VqaData
+from vlprune.data.sets import CaptionData, Data, NlvrData, VqaData
 from vlprune.errors import RequestError
 from vlprune.files import atomic_path
 from vlprune.models.family import Batch, Model
@@ -231,6 +231,8 @@ def _key(model: Model, task: str, data: Data, settings: Settings, depends: Itera
     digest = hashlib.sha256(json.dumps([task, asdict(settings), len(data.images)]).encode())
     if isinstance(data, VqaData):
         digest.update(json.dumps([[q.image, q.question, q.answers] for q in data.questions]).encode())
+    elif isinstance(data, NlvrData):
+        digest.update(json.dumps([[p.left, p.right, p.sentence, p.label] for p in data.pairs]).encode())
     elif isinstance(data, CaptionData):
         digest.update(json.dumps(data.captions).encode())
     else:
