@@ -2,6 +2,9 @@
 
 import json
 import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +29,32 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data: {folder.name}/ is not beside the repository")
     return folder
+
+
+@contextmanager
+def _ordinary_user() -> Iterator[None]:
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def ordinary_user() -> Callable[[], AbstractContextManager[None]]:
+    """Permission bits do not bind root: be somebody else meanwhile."""
+    return _ordinary_user
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that an ordinary user may enter, as tmp_path is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 # --- small checkpoints and data, for tests of the whole pipeline ------------------------------------------------------

@@ -7,11 +7,10 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -522,21 +521,13 @@ def test_a_read_only_file_system(
         assert message == f"cannot write {place} (Read-only file system): choose another --output"
 
 
-@contextmanager
-def ordinary_user() -> Iterator[None]:
-    """Permission bits do not bind root: be somebody else meanwhile."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
 def test_a_folder_without_permission(
-    capfd: pytest.CaptureFixture[str], small_models: dict[str, Path], photos: Path, out: Path
+    capfd: pytest.CaptureFixture[str],
+    small_models: dict[str, Path],
+    photos: Path,
+    out: Path,
+    open_folder: Path,
+    ordinary_user: Callable[[], AbstractContextManager[None]],
 ) -> None:
     def fails(*arguments: object) -> str:
         capfd.readouterr()
@@ -544,17 +535,17 @@ def test_a_folder_without_permission(
             assert main([*map(str, arguments)]) == 2
         return only_line(*capfd.readouterr(), out)
 
-    with tempfile.TemporaryDirectory() as scratch:  # tmp_path is closed to others as a whole
-        os.chmod(scratch, 0o755)
-        locked, closed = Path(scratch) / "locked", Path(scratch) / "closed"
-        for folder, bits in ((locked, 0o555), (closed, 0)):
-            folder.mkdir()
-            folder.chmod(bits)
-            message = fails(*request(small_models["captioning"], folder / "run", photos))
-            assert message == f"cannot write {folder / 'run'} (Permission denied): choose another --output"
-        for verb in ("inspect", "bench"):
-            message = fails(verb, closed / "run")
-            assert message == f"cannot use {closed / 'run'} (Permission denied): check the path"
+    # Import all there is to import first: an ordinary user may not be allowed to.
+    assert main([*map(str, request(small_models["captioning"], Path("/dev/null"), photos))]) == 2
+    locked, closed = open_folder / "locked", open_folder / "closed"
+    for folder, bits in ((locked, 0o555), (closed, 0)):
+        folder.mkdir()
+        folder.chmod(bits)
+        message = fails(*request(small_models["captioning"], folder / "run", photos))
+        assert message == f"cannot write {folder / 'run'} (Permission denied): choose another --output"
+    for verb in ("inspect", "bench"):
+        message = fails(verb, closed / "run")
+        assert message == f"cannot use {closed / 'run'} (Permission denied): check the path"
 
 
 def test_a_name_that_is_too_long(fails: Fails, small_models: dict[str, Path], photos: Path, tmp_path: Path) -> None:
