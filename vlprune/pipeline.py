@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlprune import names
-from vlprune.data import CAPTION_SOURCES, VQA_SOURCES
+from vlprune.data import CAPTION_SOURCES, IMAGE_SOURCES, accepted, accepted_by
 from vlprune.errors import MachineError, RequestError
 from vlprune.models import MODELS
 from vlprune.pruning import get_method
@@ -68,7 +68,8 @@ def compress(
         method: a name of `vlprune.pruning.METHODS`.
         pattern: "unstructured", "n:m" or "rxc".
         family: of a `.pth` file.
-        calibration: captioned images for the one calibration pass; the embedded scenes for embedded models only.
+        calibration: images for the one calibration pass, with captions unless the model reads no text; the embedded
+            scenes for embedded models only.
         calibration_samples: images of the pass, default 1024.
         data: task -> data set; the embedded scenes for embedded models only.
         tasks: which to run; None = those with data.
@@ -430,14 +431,15 @@ def _recipe(
         data = dict.fromkeys(tasks or info.tasks, "scenes") | data
     _check_sources(model, calibration, data)
     if get_method(method).needs and not calibration:
-        raise RequestError(f"{model} needs --calibration for {method}: {CAPTION_SOURCES}")
+        what = f"{CAPTION_SOURCES}; for a model that reads no text, {IMAGE_SOURCES}"
+        if info:
+            what = IMAGE_SOURCES if info.family == "vit" else CAPTION_SOURCES
+        raise RequestError(f"{model} needs --calibration for {method}: {what}")
     if needs_data and not data:
-        raise RequestError(
-            f"{model} needs --data TASK=PATH: for retrieval and captioning {CAPTION_SOURCES}; for vqa {VQA_SOURCES}"
-        )
+        raise RequestError(f"{model} needs --data TASK=PATH: {accepted_by(info.tasks if info else names.TASKS)}")
     if missing := [task for task in tasks or [] if needs_data and task not in data]:
-        accepted = VQA_SOURCES if missing[0] == "vqa" else CAPTION_SOURCES
-        raise RequestError(f"--tasks names {missing[0]} but there is no --data {missing[0]}=PATH: give {accepted}")
+        what = accepted(missing[0])
+        raise RequestError(f"--tasks names {missing[0]} but there is no --data {missing[0]}=PATH: give {what}")
     return {
         "model": model,
         "family": family,
@@ -548,10 +550,7 @@ def _reopen(
     recipe["data"] = recipe["data"] | (data or {})
     recipe["tasks"] = tasks or recipe["tasks"]
     if needs_data and not recipe["data"]:
-        raise RequestError(
-            f"{folder} was pruned without data: give --data TASK=PATH; "
-            f"for retrieval and captioning {CAPTION_SOURCES}; for vqa {VQA_SOURCES}"
-        )
+        raise RequestError(f"{folder} was pruned without data: give --data TASK=PATH; {accepted_by(names.TASKS)}")
     chosen = [*recipe["data"], *(recipe["tasks"] or [])]
     _check_choices(recipe["ratios"], recipe["method"], recipe["pattern"], chosen)
     _check_sources(recipe["model"], recipe["calibration"], recipe["data"])
