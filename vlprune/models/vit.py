@@ -23,13 +23,15 @@ from transformers.models.vit.modeling_vit import ViTSelfAttention
 
 from vlprune.errors import RequestError
 from vlprune.files import read_json, write_json
+from vlprune.models import states
 from vlprune.models.attention import attend
 from vlprune.models.family import Batch, Group, PrunableLayer, Source, Tower, Valid
 from vlprune.models.pixels import Pixels, read_pixels
-from vlprune.models.states import check_tower, fill, resize_positions
-from vlprune.structured.surgery import reshape, sizes, tell_depth
+from vlprune.models.states import check_tower, fill, on_meta, resize_positions
+from vlprune.structured.surgery import sizes
 
 
+BACKBONE = ("stage_names", "out_features", "out_indices")  # of configurations: names of layers, for other uses
 MAX_LABELS = 1 << 20
 LABEL_SMOOTHING = 0.1  # DeiT's (Touvron et al., ICML 2021, table 9)
 
@@ -413,7 +415,7 @@ class Vit(nn.Module):
         }
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         config = self.config.to_diff_dict()
-        for key in ("stage_names", "out_features", "out_indices"):  # of backbones; they name layers
+        for key in BACKBONE:
             config.pop(key, None)
         config["architectures"] = [self.kind.heads[self.heads]]
         config["vlprune"] = {
@@ -451,15 +453,15 @@ def from_folder(
     Raises:
         RequestError: a file is missing or broken.
     """
-    return build(read_config(raw, source.checkpoint), state, read_processor(folder), source, image_size, smaller)
+    return build(read_config(raw, folder), state, read_processor(folder), source, image_size, smaller)
 
 
-def read_config(raw: Mapping[str, Any], checkpoint: str) -> Any:
+def read_config(raw: Mapping[str, Any], folder: Path) -> Any:
     """Make the configuration of a `config.json`.
 
     Args:
         raw: its content; "model_type" is a name of `KINDS`.
-        checkpoint: for messages.
+        folder: for messages.
 
     Returns:
         Any: transformers' configuration, its sizes not yet checked.
@@ -467,25 +469,18 @@ def read_config(raw: Mapping[str, Any], checkpoint: str) -> Any:
     Raises:
         RequestError: it cannot be used.
     """
-    known = {key: value for key, value in raw.items() if key not in ("stage_names", "out_features", "out_indices")}
-    if "id2label" in known:  # from num_labels alone transformers makes as many names
+    known = {key: value for key, value in raw.items() if key not in BACKBONE}
+    count = known.get("num_labels", 2)
+    if "id2label" in known:
         known.pop("num_labels", None)
-    elif not isinstance(known.get("num_labels", 0), int) or known.get("num_labels", 0) > MAX_LABELS:
-        raise RequestError(
-            f"{checkpoint}: config.json has num_labels = {known['num_labels']!r:.40}, which is no number"
-        )
-    try:
-        config = KINDS[raw["model_type"]].config.from_dict(known)
-        labels = sorted(int(index) for index in config.id2label)
-    except Exception as error:  # transformers raises many kinds for a broken config
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"{checkpoint}: config.json cannot be used ({why:.200})") from error
-    if labels != list(range(len(labels))) or len(labels) < 2:
-        raise RequestError(f"{checkpoint}: config.json has no id2label that names two classes or more, from 0 on")
+    elif not isinstance(count, int) or count > MAX_LABELS:  # transformers would make as many names
+        raise RequestError(f"{folder}/config.json has num_labels = {count!r:.40}, which is no number")
+    config = states.read_config(KINDS[raw["model_type"]].config, known, folder)
+    labels = config.id2label
+    if not isinstance(labels, dict) or len(labels) < 2 or set(labels) != set(range(len(labels))):
+        raise RequestError(f"{folder}/config.json has no id2label that names two classes or more, from 0 on")
     if config.problem_type not in (None, "single_label_classification"):
-        raise RequestError(
-            f"{checkpoint} is for {config.problem_type!r:.60}: only images of one class each are supported"
-        )
+        raise RequestError(f"{folder} is for {config.problem_type!r:.60}: only images of one class each are supported")
     return config
 
 
@@ -535,16 +530,7 @@ def build(
         wanted[key] = wanted[key][0]
         resize_positions(wanted, key, config, size, len(kind.first), where)
         wanted[key] = wanted[key][None]
-    config._attn_implementation = "eager"
-    try:
-        with torch.device("meta"):
-            model = Vit(config, heads, processor, source)
-    except Exception as error:  # transformers raises many kinds for a broken config
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"{where}: unusable config ({why:.200})") from error
-    if smaller:
-        reshape(model, smaller)
-        tell_depth(model)
+    model = on_meta(lambda: Vit(config, heads, processor, source), smaller or {}, where)
     fill(model, wanted, where)
     return model.eval()
 
