@@ -275,3 +275,74 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"vqa_{split}.json").write_text(json.dumps(records))
     (folder / "answer_list.json").write_text(json.dumps(WORDS[4:11]))
     return folder
+
+
+# --- small checkpoints with two encoders, as transformers writes them -------------------------------------------------
+
+DUAL_TEXT = "a the small large red green circle square cross left right of on above"
+DUAL_WORDS = DUAL_TEXT.split()
+DUAL_SIZE, DUAL_LENGTH = 32, 16
+
+
+def _siglip_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: number for number, word in enumerate(("<unk>", "</s>", *DUAL_WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", unk_token="<unk>", model_max_length=DUAL_LENGTH
+    )
+
+
+def write_dual(folder: Path, kind: str, seed: int = 0) -> Any:
+    """Save transformers' own model with its tokenizer and image processor; "legacy" is what OpenAI's look like."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipImageProcessor, SiglipModel
+
+    from vlprune.models.text_processor import learn_clip_tokenizer
+
+    siglip = kind == "siglip"
+    tokenizer = _siglip_tokenizer() if siglip else learn_clip_tokenizer(DUAL_WORDS, 600, DUAL_LENGTH)
+    sizes = {"intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": DUAL_LENGTH}
+    vision = {**sizes, "hidden_size": 48, "image_size": DUAL_SIZE, "patch_size": 8}
+    if siglip:
+        config = SiglipConfig(text_config={**text, "hidden_size": 32, "projection_size": 48}, vision_config=vision)
+        model: Any = SiglipModel(config).eval()
+        images: Any = SiglipImageProcessor(size={"height": DUAL_SIZE, "width": DUAL_SIZE})
+    else:
+        act = "quick_gelu" if kind == "legacy" else "gelu"
+        end = 2 if kind == "legacy" else tokenizer.eos_token_id
+        text |= {"hidden_size": 32, "hidden_act": act, "bos_token_id": 0, "eos_token_id": end}
+        config = CLIPConfig(text_config=text, vision_config={**vision, "hidden_act": act}, projection_dim=24)
+        model = CLIPModel(config).eval()
+        images = CLIPImageProcessor(size={"shortest_edge": DUAL_SIZE}, crop_size=DUAL_SIZE)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            parameter.normal_(0.0, 0.2, generator=generator)
+            if name.endswith("weight") and parameter.ndim == 1:
+                parameter.add_(1.0)
+        model.logit_scale.fill_(1.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
+    return SimpleNamespace(folder=folder, model=model, tokenizer=tokenizer, processor=images, kind=kind)
+
+
+@pytest.fixture(scope="session")
+def duals(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Kind ("clip", "legacy", "siglip") -> folder, model, tokenizer and processor; made once, not to be changed."""
+    made: dict[str, Any] = {}
+
+    def make(kind: str) -> Any:
+        if kind not in made:
+            made[kind] = write_dual(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    make.write = write_dual  # type: ignore[attr-defined]
+    return make

@@ -226,3 +226,25 @@ def new(config: CLIPConfig, processor: EncoderProcessor, source: Source, seed: i
         model = Clip(config, processor, source)
     start(model, seed, biases)
     return model.eval()
+
+
+def base_random(name: str, embedded: Path, image_size: int, seed: int) -> Clip:
+    """CLIP ViT-B/16 with seeded random weights; its tokenizer is clip-tiny's, the vocabulary keeps its full size.
+
+    Args:
+        name: for the report.
+        embedded: folder of the embedded models.
+        image_size: pixels.
+        seed: of the weights.
+
+    Returns:
+        Clip: no accuracy is ever shown of it.
+    """
+    tokenizer = load_clip_tokenizer(embedded / "clip-tiny")
+    config = CLIPConfig(
+        vision_config={"image_size": image_size, "patch_size": 16},
+        text_config={"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
+    )
+    pixels = Pixels(image_size, image_size, CLIP_MEAN, CLIP_STD)
+    processor = EncoderProcessor(tokenizer, pixels, config.text_config.max_position_embeddings, "clip")
+    return new(config, processor, Source(name, f"seed {seed}", random_weights=True), seed, biases=True)
