@@ -77,8 +77,8 @@ def read_classes(folder: Path, split: str | None, skip_broken: bool = False) -> 
         return ClassData(name, ImageFiles(folder, paths), [0] * len(paths), [name], reasons)
     if split == "train":
         raise MissingSplitError(
-            f"{folder} has one split only, to score on: to train, put the images into "
-            "train/<class>/ and test/<class>/ there"
+            f"{folder} has one split only, to score on: pass --finetune none, or put images to train on into "
+            "train/<class>/ there, the others into test/<class>/"
         )
     return read_pair(None, folder, folder, name, skip_broken)
 
