@@ -280,8 +280,8 @@ def side_by_side(report: Report) -> list[dict[str, Any]]:
                     "dense fp32 ms": f"{row['dense']['p50_ms']:.2f}",
                     "int8 ms": f"{int8['compressed']['p50_ms']:.2f}",
                     "packed ms": f"{row['compressed']['p50_ms']:.2f}",
-                    "int8, times faster": ratio(int8),
-                    "packed, times faster": ratio(row),
+                    "int8, times faster": _times(int8),
+                    "packed, times faster": _times(row),
                 }
             )
     return found
@@ -298,6 +298,10 @@ def ratio(row: Mapping[str, Any]) -> str:
     """
     low, high = row["ratio_ci95"]
     return f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    return f"{ratio(row)} (disturbed)" if "note" in row else ratio(row)
 
 
 def verdict(row: Mapping[str, Any]) -> str:
