@@ -22,6 +22,7 @@ from vlprune.models.processor import Processor, word_tokenizer
 from vlprune.pruning import Pruned, save_masks, save_statistics, tensorfile
 from vlprune.pruning.masks import KIND
 from vlprune.runtime import operators
+from vlprune.structured.mope import Table, save_table
 
 
 MASK_METADATA = {"method": "multiflow", "ratio": 0.75, "pattern": "unstructured", "seed": 3, "model": "abc"}
@@ -128,6 +129,38 @@ def test_statistics(tmp_path: Path) -> None:
     assert found["kind"] == "statistics"
     assert found["metadata"] == {"dataset": "scenes", "images": "8"}
     assert found["input_norms"] == [{"layer": "a", "inputs": 3, "smallest": 1.0, "median": 2.0, "largest": 3.0}]
+
+
+def errors_file(path: Path, **metadata: Any) -> None:
+    units = {
+        "v.attn\x1b": torch.tensor([[0.5, 0.125], [-0.25, 0.4], [0.0, -1.0]]),
+        "v.mlp": torch.tensor([[0.25, 0.2], [0.01, 0.0]]),
+    }
+    members = {"v.mlp": [torch.tensor([2, 0]), torch.tensor([1])]}
+    about = {"model": "m", "dataset": "d\n", "pairs": 9, "seed": 0, "stage": "task", "recall": 0.5, "loss": 1.0}
+    save_table(path, Table(units, members, {"vision": torch.tensor([[0.75, 4.0], [0.0, 0.0]])}, about | metadata))
+
+
+def test_module_wise_errors(tmp_path: Path) -> None:
+    errors_file(tmp_path / "e.safetensors", ways=["embeddings"])
+    found = inspect(tmp_path / "e.safetensors")
+    assert found["kind"] == "module-wise errors"
+    assert found["metadata"] | {"ways": "embeddings", "dataset": "d ", "pairs": 9, "recall": 0.5} == found["metadata"]
+    assert [row["unit"] for row in found["hurts_most"]] == ["layer 0", "head 0", "neurons 0", "neurons 1", "layer 1"]
+    assert found["hurts_most"][1] == {"module": "v.attn ", "unit": "head 0", "recall_lost": 0.5, "loss_gained": 0.125}
+    # ties by the loss
+    least = [row["unit"] for row in found["hurts_least"]]
+    assert least == ["head 1", "head 2", "layer 1", "neurons 1", "neurons 0"]
+    heat = {row["module"]: row for row in found["heat"]}
+    assert heat["v.attn "] == {
+        "module": "v.attn ",
+        "of": "heads",
+        "recall_lost": "█··",
+        "most": 0.5,
+        "loss_gained": "▃█·",
+    }
+    assert heat["v.mlp"]["recall_lost"] == "▄▁" and heat["v.mlp"]["of"] == "neurons"
+    assert heat["vision"]["recall_lost"] == "█·"  # layers have a scale of their own
 
 
 WEIGHTS = {
@@ -275,6 +308,14 @@ def test_run(run: Path) -> None:
     assert found["models"] == [{"model": "dense", "task": "vqa", "as": "onnx", "bytes": 10, "files": 1}]
 
 
+def test_run_with_a_table_of_errors(run: Path) -> None:
+    errors_file(run / "masks" / "mope-table.safetensors")
+    found = inspect(run)
+    assert [row["masks"] for row in found["masks"]] == ["multiflow-0.75"]
+    size = (run / "masks" / "mope-table.safetensors").stat().st_size
+    assert found["errors"] == [{"errors": "mope-table", "bytes": size}]
+
+
 def test_command_prints_text_and_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     onnx.save(graph_of({"vision_model.encoder.layers.0.w": half()}), tmp_path / "g.onnx")
     for path in (run, tmp_path / "g.onnx"):
@@ -366,7 +407,8 @@ def test_broken_files_are_one_line(name: str, tmp_path: Path, capfd: pytest.Capt
 def test_names_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"a\x1b[31m\nb": torch.ones(1)}, tmp_path / "w.safetensors")
     onnx.save(graph_of({"w\x1b[2J": half()}, properties={"k\x1b": "v\n" * 500}), tmp_path / "g.onnx")
-    for name in ("w.safetensors", "g.onnx"):
+    errors_file(tmp_path / "e.safetensors")
+    for name in ("w.safetensors", "g.onnx", "e.safetensors"):
         assert main(["inspect", str(tmp_path / name)]) == 0
         assert "\x1b" not in capsys.readouterr().out
     assert len(inspect(tmp_path / "g.onnx")["metadata"]["k "]) < 250

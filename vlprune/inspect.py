@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-KNOWN = "a Hugging Face folder, .safetensors (weights, masks, statistics), .pth, .onnx, an exported task or a run"
+KNOWN = (
+    "a Hugging Face folder, .safetensors (weights, masks, statistics, errors), .pth, .onnx, an exported task or a run"
+)
 PICKLES = (".pth", ".pt", ".bin")
+TOP = 5  # modules that are shown from either end of a table of errors
+HEAT = "·▁▂▃▄▅▆▇█"
 
 
 def inspect(path: Path | str) -> dict[str, Any]:
@@ -69,13 +73,18 @@ def _safetensors_kind(path: Path) -> tuple[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     from vlprune.pruning import masks, statistics
+    from vlprune.structured import mope
 
     try:
         with safe_open(path, framework="pt") as file:
             kind = (file.metadata() or {}).get("kind", "")
     except (SafetensorError, OSError) as error:
         raise RequestError(f"{path} is no intact safetensors file ({_plain(error)}): copy or make it again") from error
-    kinds = {masks.KIND: ("masks", _masks), statistics.KIND: ("statistics", _statistics)}
+    kinds = {
+        masks.KIND: ("masks", _masks),
+        statistics.KIND: ("statistics", _statistics),
+        mope.KIND: ("module-wise errors", _errors),
+    }
     return kinds.get(kind, ("weights", _weights))
 
 
@@ -128,6 +137,42 @@ def _statistics(path: Path) -> dict[str, Any]:
         for name, norm in norms.items()
     ]
     return {"metadata": about, "input_norms": rows}
+
+
+def _errors(path: Path) -> dict[str, Any]:
+    """MoPE's table: the modules whose removal hurts most and least, and the heat of all."""
+    from vlprune.structured.mope import load_table
+
+    found = load_table(path)
+    heat, rows = [], []
+    for errors_of in (found.units, found.layers):  # each with a scale of its own: a layer is more than a head
+        most = [max(float(errors[:, i].max()) for errors in errors_of.values()) for i in (0, 1)]
+        for name, errors in errors_of.items():
+            what = "neurons" if name in found.members else "layer" if name in found.layers else "head"
+            lost, gained = errors.T.tolist()
+            heat.append(
+                {
+                    "module": _plain(name),
+                    "of": what if what == "neurons" else f"{what}s",
+                    "recall_lost": _heat(lost, most[0]),
+                    "most": max(lost),
+                    "loss_gained": _heat(gained, most[1]),
+                }
+            )
+            rows += [
+                {"module": _plain(name), "unit": f"{what} {i}", "recall_lost": lost[i], "loss_gained": gained[i]}
+                for i in range(len(lost))
+            ]
+    rows.sort(key=lambda row: (-row["recall_lost"], -row["loss_gained"]))
+    ends = {"hurts_most": rows[:TOP], "hurts_least": rows[: -TOP - 1 : -1]}
+    numbers = {key: value for key, value in found.metadata.items() if _number(value) is not None}
+    metadata = {_plain(key): numbers.get(key, _plain(value)) for key, value in found.metadata.items()}
+    return {"metadata": metadata, **ends, "heat": heat}
+
+
+def _heat(values: Sequence[float], most: float) -> str:
+    """One character per value, from a dot (nothing, or less) to a full block (the most there is)."""
+    return "".join(HEAT[min(8, math.ceil(8 * max(value, 0) / most))] if most > 0 else HEAT[0] for value in values)
 
 
 def _weights(path: Path) -> dict[str, Any]:
@@ -412,10 +457,15 @@ def _task(folder: Path) -> dict[str, Any]:
 def _run(folder: Path) -> dict[str, Any]:
     from vlprune.pruning import masks, tensorfile
     from vlprune.run import Run
+    from vlprune.structured import mope
 
     run = Run.open(folder, resume=True)
-    rows = []
+    rows, tables = [], []
     for path in sorted((folder / "masks").glob("*.safetensors")):
+        if mope.is_table(path):
+            table = _plain(path.relative_to(folder / "masks").with_suffix(""))
+            tables.append({"errors": table, "bytes": _size(path)})
+            continue
         with tensorfile.opened(path, masks.KIND) as file:
             metadata = file.header.get("metadata")
         claimed = metadata.get("sparsity") if isinstance(metadata, dict) else None
@@ -437,6 +487,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "report": (folder / "report.json").is_file(),
         "stages": stages,
         "masks": rows,
+        **({"errors": tables} if tables else {}),
         "models": models,
     }
 

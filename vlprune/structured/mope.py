@@ -148,6 +148,22 @@ def load_table(
     return table
 
 
+def is_table(path: Path) -> bool:
+    """Tell whether a file says that it is a table.
+
+    Args:
+        path: the file.
+
+    Returns:
+        bool: False for anything else, and for what cannot be read.
+    """
+    try:
+        with tensorfile.opened(path, KIND):
+            return True
+    except RequestError:
+        return False
+
+
 def _check_metadata(path: Path, metadata: Any) -> dict[str, Any]:
     if not isinstance(metadata, Mapping):
         raise RequestError(f"{path}: the table's metadata is no JSON object: make it again")
