@@ -68,24 +68,27 @@ def brute_force(model, data, options, candidates=None) -> SimpleNamespace:
     """
     pairs = choose_pairs(data, options.pairs, options.seed)
     texts = [text for _, text in pairs]
-    states = model.image_states(model.pixels([data.images[i] for i, _ in pairs]))
+    pixels = model.pixels([data.images[i] for i, _ in pairs])
+    states = model.image_states(pixels) if model.family == "blip" else pixels
     recalls, losses = [], []
     if "retrieval" in model.tasks:
-        ids, mask = map(torch.from_numpy, model.processor.texts(texts, "cls", 35))
-        similarity = (model.image_embeds(states) @ model.text_embeds(ids, mask).T).double().numpy()
+        batch = model.caption_batch(pixels.numpy(), texts, range(len(texts)))
+        text = model.text_embeds(batch["input_ids"], batch["attention_mask"])
+        similarity = (model.image_embeds(states) @ text.T).double().numpy()
         found = []
         for view in (similarity, similarity.T):
             ranks = [sum(row >= row[i]) for i, row in enumerate(view)]
             found += [np.mean([rank <= k for rank in ranks]) for k in (1, 5, 10)]
         recalls.append(np.mean(found))
-        logits = torch.from_numpy(similarity) / float(model.temp)
+        scale = 1 / float(model.temp) if model.family == "blip" else float(model.logit_scale.exp())
+        logits = torch.from_numpy(similarity) * scale
         logs = [view.log_softmax(1).diagonal().mean() for view in (logits, logits.T)]
         losses.append(-float(logs[0] + logs[1]) / 2)
         if candidates is None:
             order = np.argsort(-np.where(np.eye(len(pairs)), 9.0, similarity), axis=1, kind="stable")
             candidates = order[:, : options.candidates]
     for task, part in (("retrieval", "text_encoder"), ("captioning", "text_decoder")):
-        if task not in model.tasks:
+        if model.family != "blip" or task not in model.tasks:
             continue
         scores = np.empty(candidates.shape)
         for i, chosen in enumerate(candidates):
@@ -148,6 +151,12 @@ def test_errors_of_single_task_models_equal_evaluations_without_caches(whole, da
         check_against_brute_force(model, data, OPTIONS, found, every=2)
     errors = torch.cat([*found.units.values(), *found.layers.values()])
     assert (errors[:, 1] != 0).all()
+
+
+def test_errors_of_clip_equal_evaluations_without_caches(small_clip, data):
+    found = measure(small_clip, data, OPTIONS)
+    assert found.metadata["ways"] == ["embeddings"]
+    check_against_brute_force(small_clip, data, OPTIONS, found)
 
 
 def test_evaluations_run_only_what_comes_after_the_change(whole, data, monkeypatch):
