@@ -85,7 +85,7 @@ def unpack_files(path: Path) -> list[dict[str, Any]]:
             task.json, or a run directory: the plain graphs go to a folder "unpacked" beside each folder "packed".
 
     Returns:
-        list[dict[str, Any]]: `packed` and `unpacked` file and the `bytes` of each.
+        list[dict[str, Any]]: the `packed` and the `unpacked` file, and the size of each, `bytes` and `unpacked_bytes`.
 
     Raises:
         RequestError: nothing there is packed, or a file is broken.
