@@ -231,8 +231,8 @@ def test_original_files_that_are_none(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "clip"}, "is of model type 'clip': supported is 'blip'"),
-        ({"model_type": None}, "is of model type None: supported is 'blip'"),
+        ({"model_type": "t5"}, "is of model type 't5': supported are 'blip', 'clip', 'siglip', "),
+        ({"model_type": None}, "is of model type None: supported are 'blip', "),
         ({"text_config": {"vocab_size": 10**12}}, "spoiled"),
         ({"vision_config": {"image_size": 10**6, "patch_size": 1}}, "spoiled"),
         ({"vision_config": {"num_hidden_layers": 10**9}}, "spoiled"),
