@@ -31,13 +31,13 @@ TEMPLATES = (
 
 
 def make_spec(
-    processor: Processor, classes: Sequence[str], templates: Sequence[str] = (), max_length: int = 64
+    processor: Processor, classes: Sequence[str] = (), templates: Sequence[str] = (), max_length: int = 64
 ) -> dict[str, Any]:
     """Make the task.json of zero-shot classification.
 
     Args:
         processor: turns images and texts into model inputs.
-        classes: names of the classes.
+        classes: names of the classes; none = they are to be filled in later.
         templates: texts with "{}" for the name of the class; none = `TEMPLATES`.
         max_length: texts are cut to this many tokens, or to what the model reads if that is less.
 
