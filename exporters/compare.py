@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlprune.data.sets import ClassData, Data, VqaData
+from vlprune.data.sets import ClassData, Data, NlvrData, VqaData
 from vlprune.errors import MachineError, RequestError
 from vlprune.runtime.generate import Arrays, Graph
 
@@ -123,6 +123,8 @@ def _samples(data: Data, total: int) -> tuple[list[Any], list[str]]:
         asked = [data.questions[i] for i in np.linspace(0, len(data.questions) - 1, total).astype(int)]
         return [data.images[q.image] for q in asked], [q.question for q in asked]
     rows = np.linspace(0, data.samples - 1, total).astype(int)
+    if isinstance(data, NlvrData):
+        return [data.images[data.pairs[i].left] for i in rows], [data.pairs[i].sentence for i in rows]
     if isinstance(data, ClassData):
         return [data.images[int(i)] for i in rows], [f"a photo of a {data.classes[data.labels[i]]}." for i in rows]
     return [data.images[int(i)] for i in rows], [data.captions[i][0] for i in rows]
@@ -171,6 +173,12 @@ def _classification(run: Run, spec: Mapping[str, Any], processor: Any, pixels: n
     run("image_classifier", {"pixel_values": pixels})
 
 
+def _nlvr(run: Run, spec: Mapping[str, Any], processor: Any, pixels: np.ndarray, texts: list[str]) -> None:
+    states = run("image_encoder", {"pixel_values": pixels})["image_states"]
+    both = {"image_states.0": states, "image_states.1": np.roll(states, 1, axis=0)}
+    run("pair_classifier", {**_texts(spec, processor, texts, "enc"), **both})
+
+
 def _decode(run: Run, spec: Mapping[str, Any], cross: Arrays, inputs: Arrays) -> None:
     """Read texts at once, and again in steps."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -195,4 +203,5 @@ _TASKS = {
     "vqa": _vqa,
     "zero-shot": _zero_shot,
     "classification": _classification,
+    "nlvr": _nlvr,
 }

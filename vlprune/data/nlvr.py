@@ -20,6 +20,7 @@ from vlprune.data.scenes import COLORS, SHAPES, SIZES, Item, Scene, SceneImages,
 from vlprune.data.sets import NlvrData, Pair
 
 
+MAX_LENGTH = 64  # tokens of a sentence; BLIP's authors cut sentences to 40 words
 _LABELS = {"True": True, "False": False, True: True, False: False}
 
 

@@ -51,6 +51,9 @@ _CLASSES = ("classification",)
 
 FAMILIES = {
     "blip": FamilyInfo(("blip",), _ALL, "vision encoder, text encoder and text decoder"),
+    "blip_nlvr": FamilyInfo(
+        (), ("nlvr",), "BLIP that reads two images: its checkpoints, or any BLIP's, to be fine-tuned"
+    ),
     "clip": FamilyInfo(("clip",), _DUAL, "two encoders, softmax over the batch: OpenAI's, LAION's, any CLIPModel"),
     "siglip": FamilyInfo(("siglip",), _DUAL, "two encoders, a sigmoid per pair: any SiglipModel"),
     "vit": FamilyInfo(("vit", "deit", "dinov2"), _CLASSES, "one vision encoder with a classifier"),
@@ -74,6 +77,9 @@ MODELS = {
         "blip", "hub", "Salesforce/blip-itm-base-coco", ("retrieval",), "fine-tuned for retrieval on COCO"
     ),
     "blip-vqa": ModelInfo("blip", "hub", "Salesforce/blip-vqa-base", ("vqa",), "fine-tuned on VQA v2"),
+    "blip-nlvr": ModelInfo(
+        "blip_nlvr", "original", _PUBLISHED + "model_base_nlvr.pth", ("nlvr",), "fine-tuned on NLVR2"
+    ),
     "clip-tiny": ModelInfo("clip", "embedded", "in the package", _DUAL, "a small CLIP trained on drawn scenes"),
     "clip-base-random": ModelInfo(
         "clip", "random", "seeded random weights", _DUAL, "CLIP ViT-B/16 shapes, for speed and memory work only"

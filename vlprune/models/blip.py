@@ -897,8 +897,8 @@ def build(
         wanted.setdefault(head + "decoder.weight", wanted[words])
         if head + "bias" in wanted:
             wanted.setdefault(head + "decoder.bias", wanted[head + "bias"])
-    _check_config(config, wanted, source.checkpoint, smaller or {})
-    _resize_positions(wanted, config, processor.image_size, source.checkpoint)
+    check_config(config, wanted, source.checkpoint, smaller or {})
+    resize_positions(wanted, config, processor.image_size, source.checkpoint)
     try:
         with torch.device("meta"):
             model = Blip(config, parts, processor, source)
@@ -928,10 +928,20 @@ def build(
     return _finish(model)
 
 
-def _check_config(
+def check_config(
     config: BlipConfig, state: Mapping[str, Tensor], checkpoint: str, smaller: Mapping[str, Sequence[int]]
 ) -> None:
-    """Refuse sizes that are none, or that would build more than the checkpoint holds."""
+    """Refuse sizes that are none, or that would build more than the checkpoint holds.
+
+    Args:
+        config: any.
+        state: the checkpoint's tensors.
+        checkpoint: for messages.
+        smaller: what was cut, see `build`.
+
+    Raises:
+        RequestError: a field is unusable.
+    """
     vision, text = config.vision_config, config.text_config
     common = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     fields = [(vision, "vision_config", name) for name in (*common, "image_size", "patch_size")]
@@ -983,8 +993,18 @@ def _finish(model: Blip, share: bool = False) -> Blip:
     return model.eval()
 
 
-def _resize_positions(state: dict[str, Tensor], config: BlipConfig, image_size: int, checkpoint: str) -> None:
-    """Interpolate position embeddings to another image size (bicubic over the patch grid), in place."""
+def resize_positions(state: dict[str, Tensor], config: BlipConfig, image_size: int, checkpoint: str) -> None:
+    """Interpolate position embeddings to another image size (bicubic over the patch grid), in place.
+
+    Args:
+        state: the checkpoint's tensors.
+        config: its image size becomes the new one.
+        image_size: pixels.
+        checkpoint: for messages.
+
+    Raises:
+        RequestError: the image size does not fit the patches, or the table not its config.
+    """
     key = "vision_model.embeddings.position_embedding"
     vision = config.vision_config
     if image_size % vision.patch_size:

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from vlprune import names
 from vlprune.errors import MachineError, RequestError
 from vlprune.files import atomic_path, read_json, sha256
-from vlprune.models import FAMILIES, MODELS, blip
+from vlprune.models import FAMILIES, MODELS, blip, blip_nlvr
 from vlprune.models.blip import Blip
 from vlprune.models.family import Model, Source
 from vlprune.models.processor import Processor, load_tokenizer, read_preprocessor
@@ -53,6 +53,8 @@ def load(model: str, *, family: str | None, image_size: int | None, seed: int) -
     """
     if family is not None:
         names.check("family", family, FAMILIES)
+    if family == "blip_nlvr":
+        return blip_nlvr.of(load(model, family="blip", image_size=image_size, seed=seed), seed)
     if info := MODELS.get(model):
         if info.kind == "embedded":
             return load_folder(WEIGHTS / model, model, image_size)
@@ -125,7 +127,7 @@ def _blip(
     source: Source,
     image_size: int | None,
     smaller: dict[str, list[int]],
-) -> Blip:
+) -> Model:
     """Make a BLIP of what is in a folder."""
     try:
         config = BlipConfig.from_dict(raw)
@@ -150,7 +152,8 @@ def _blip(
         text.enc_token_id,
         **read_preprocessor(folder),
     )
-    return blip.build(config, state, processor, source, smaller)
+    build = blip_nlvr.build if blip_nlvr.holds(state) else blip.build
+    return build(config, state, processor, source, smaller)
 
 
 def _options(options: Any, folder: Path) -> dict[str, dict[str, Any]]:
@@ -166,8 +169,8 @@ def _options(options: Any, folder: Path) -> dict[str, dict[str, Any]]:
     return options
 
 
-def load_original(path: Path, name: str, image_size: int | None) -> Blip:
-    """Load a `.pth` file of the BLIP authors; its tokenizer is bert-base-uncased.
+def load_original(path: Path, name: str, image_size: int | None) -> Model:
+    """Load a `.pth` file of the BLIP authors, one for NLVR2 too; its tokenizer is bert-base-uncased.
 
     Args:
         path: the file; a vocab.txt or tokenizer.json beside it is used in place of the hub's.
@@ -175,7 +178,7 @@ def load_original(path: Path, name: str, image_size: int | None) -> Blip:
         image_size: pixels, None = the checkpoint's.
 
     Returns:
-        Blip: the model.
+        Model: the model.
 
     Raises:
         RequestError: the file is no such checkpoint.
@@ -193,7 +196,8 @@ def load_original(path: Path, name: str, image_size: int | None) -> Blip:
     processor = Processor(tokenizer, size, text.bos_token_id, text.enc_token_id)
     text.sep_token_id = text.eos_token_id = processor.sep_id
     text.pad_token_id = processor.pad_id
-    return blip.build(config, tensors, processor, Source(name, str(path), sha256(path)))
+    build = blip_nlvr.build if blip_nlvr.holds(tensors) else blip.build
+    return build(config, tensors, processor, Source(name, str(path), sha256(path)))
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from vlprune.data.nlvr import MAX_LENGTH
 from vlprune.data.sets import NlvrData
 from vlprune.progress import track
 from vlprune.tasks.common import Graphs, Processor, Spec, base_spec, batches
 from vlprune.tasks.metrics import Scores, mean_scores
-
-
-MAX_LENGTH = 64  # tokens; the authors cut sentences to 40 words
 
 
 def make_spec(processor: Processor, max_length: int = MAX_LENGTH) -> dict[str, Any]:
