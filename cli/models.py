@@ -5,12 +5,12 @@ from vlprune.cli.show import show
 
 
 def models(json: o.Json = False) -> None:
-    """List the models known by name, with their tasks.
+    """List the families of models, what prunes them, and the models known by name, with their tasks.
 
     \b
     Example:
       vlprune models --json
     """
-    from vlprune.models import describe
+    from vlprune.models import describe, families
 
-    show(describe(), json)
+    show({"families": families(), "models": describe()}, json)

@@ -391,11 +391,21 @@ def test_wrong_suggestions(checkpoints, tmp_path):
 
 def test_models_are_listed_without_torch():
     program = (
-        "import sys, vlprune, vlprune.models as m; m.describe(), m.names()\n"
+        "import sys, vlprune, vlprune.models as m; m.describe(), m.families(), m.names()\n"
         "heavy = {'torch', 'transformers', 'optimum', 'onnxruntime', 'pandas', 'accelerate'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_families_tell_what_they_read_offer_and_what_prunes_them():
+    families = {entry["name"]: entry for entry in vlprune.models.families()}
+    types = [kind for entry in families.values() for kind in entry["model_types"]]
+    assert len(types) == len(set(types)) and {"blip", "clip", "siglip", "vit"} <= set(types)
+    for info in vlprune.models.describe():
+        assert set(info["tasks"]) <= set(families[info["family"]]["tasks"]), info["name"]
+    assert "mope" in families["clip"]["methods"] and "mope" not in families["vit"]["methods"]
+    assert "multiflow" in families["vit"]["methods"]
 
 
 def test_the_embedded_model():
@@ -416,7 +426,9 @@ def test_unknown_names(tmp_path, monkeypatch):
     assert "config.json" in refused("empty")
 
 
-@pytest.mark.parametrize("name", ["blip", "blip-14m", "blip-vqa", "blip-itm", "blip-captioning", "someone/some-model"])
+@pytest.mark.parametrize(
+    "name", ["blip", "blip-14m", "blip-vqa", "blip-itm", "blip-captioning", "clip", "siglip", "x/y-z"]
+)
 def test_without_network_the_way_out_is_told(name, tmp_path, monkeypatch):
     monkeypatch.setenv("VLPRUNE_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

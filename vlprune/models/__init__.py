@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from vlprune.names import METHODS
+
 
 if TYPE_CHECKING:
     from vlprune.models.family import Model
@@ -111,6 +113,20 @@ def describe() -> list[dict[str, Any]]:
         list[dict[str, Any]]: one entry per alias: `name` and the fields of `ModelInfo`.
     """
     return [{"name": name, **asdict(info)} for name, info in MODELS.items()]
+
+
+def families() -> list[dict[str, Any]]:
+    """Describe the families for `vlprune models`.
+
+    Returns:
+        list[dict[str, Any]]: one entry per family: `name`, the fields of `FamilyInfo`, and the `methods` that prune it.
+    """
+    found = []
+    for name, info in FAMILIES.items():
+        # mope finds out what a removal costs in retrieval
+        methods = [method for method in METHODS if method != "mope" or "retrieval" in info.tasks]
+        found.append({"name": name, **asdict(info), "methods": methods})
+    return found
 
 
 def load(model: str, *, family: str | None = None, image_size: int | None = None, seed: int = 0) -> Model:
