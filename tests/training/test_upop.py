@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipConfig
 
-from vlprune.data import CaptionData, VqaData
-from vlprune.data.scenes import VOCABULARY, scenes_captions, scenes_vqa
+from vlprune.data import CaptionData, ClassData, VqaData
+from vlprune.data.scenes import VOCABULARY, scenes_captions, scenes_classes, scenes_vqa
 from vlprune.errors import RequestError
+from vlprune.models import load
 from vlprune.models.blip import Blip, new
 from vlprune.models.family import Source
 from vlprune.models.processor import Processor, word_tokenizer
@@ -339,6 +340,46 @@ def test_a_model_learns_while_it_is_searched(whole):
     assert (
         len({int(kept.sum()) for kept in plan.units.values()}) > 3
     )  # widths follow the gradients, not a uniform ratio
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [("retrieval", "clip"), ("zero-shot", "siglip"), ("classification", "vit"), ("classification", "gated")],
+)
+def test_every_family_is_searched(task, kind, duals, vits):
+    """Of gated networks (DINOv2's SwiGLU) both halves of the first Linear are masked."""
+    model = load(str((vits if task == "classification" else duals)(kind).folder)).for_task(task)
+    if task == "classification":
+        images = scenes_classes("train", 12).images
+        data = ClassData("five", images, [i % 5 for i in range(12)], model.labels)
+    else:
+        data = scenes_classes("train", 12) if task == "zero-shot" else data_of(task)
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Masks", lambda *args: made.append(Masks(*args)) or made[-1])
+        plan, info = search(model, task, data, 0.4, dataclasses.replace(QUICK, round_to=1))
+    assert info["achieved"] == pytest.approx(0.4, abs=0.03)
+    assert all(bool(gradient.any()) for gradient in made[0].gradients.values())
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def outputs_of() -> list[Tensor]:
+        with torch.no_grad():
+            if task == "classification":
+                return [model.logits(pixels)]
+            ids, mask = (torch.from_numpy(array) for array in model.processor.texts(["a red circle", "two", "a"]))
+            return [model.image_embeds(pixels), model.text_embeds(ids, mask)]
+
+    groups = model.groups()
+    dense = outputs_of()
+    with multiplied(groups, made[0].alphas):
+        masked = outputs_of()
+    cut(model, plan)
+    for one, other, before in zip(masked, outputs_of(), dense, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(one, before, atol=1e-4)
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
