@@ -121,6 +121,7 @@ def test_saved_models_are_read_by_transformers_and_by_us(kind, vits, images, tmp
             {"feature_extractor_type": "ViTFeatureExtractor", "size": 32, "resample": 2},  # written before 2022
             transformers.ViTImageProcessor(size={"height": 32, "width": 32}),
         ),
+        ({"size": 32, "image_mean": [0.5] * 3}, transformers.ViTImageProcessor(size={"height": 32, "width": 32})),
         (
             {"feature_extractor_type": "DeiTFeatureExtractor", "size": 40, "crop_size": 32, "resample": 3},
             transformers.DeiTImageProcessor(size=40, crop_size=32),
@@ -338,7 +339,7 @@ def test_broken_ratio_of_dinov2(ratio, changed):
     ("changes", "said"),
     [
         ({"image_processor_type": "CLIPImageProcessor"}, "'CLIPImageProcessor': supported are ViT"),
-        ({"image_processor_type": None}, "None: supported are ViT"),
+        ({"image_processor_type": 7}, "7: supported are ViT"),
         ({"do_resize": False}, "do_resize = false is not supported"),
         ({"do_normalize": False}, "do_normalize = false is not supported"),
         ({"size": {"height": 32, "width": 40}}, "is not supported"),

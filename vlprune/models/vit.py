@@ -46,6 +46,7 @@ class Kind:
         first: tokens before the patches'.
         ffn: paths, in a layer, of the feed-forward network and of its two Linears.
         heads: the modules of the head -> transformers' class of such a model.
+        processor: transformers' image processor of such models.
     """
 
     config: type[PretrainedConfig]
@@ -53,18 +54,27 @@ class Kind:
     first: tuple[str, ...]
     ffn: tuple[str, str, str]
     heads: Mapping[tuple[str, ...], str]
+    processor: str
 
 
 _FFN = ("intermediate", "intermediate.dense", "output.dense")
 _TEACHER = ("cls_classifier", "distillation_classifier")
 KINDS = {  # by transformers' model type, which is also the first word of the parameters' names
-    "vit": Kind(ViTConfig, ViTModel, ("cls_token",), _FFN, {("classifier",): "ViTForImageClassification"}),
+    "vit": Kind(
+        ViTConfig,
+        ViTModel,
+        ("cls_token",),
+        _FFN,
+        {("classifier",): "ViTForImageClassification"},
+        "ViTImageProcessor",
+    ),
     "deit": Kind(
         DeiTConfig,
         DeiTModel,
         ("cls_token", "distillation_token"),
         _FFN,
         {("classifier",): "DeiTForImageClassification", _TEACHER: "DeiTForImageClassificationWithTeacher"},
+        "DeiTImageProcessor",
     ),
     "dinov2": Kind(
         Dinov2Config,
@@ -72,6 +82,7 @@ KINDS = {  # by transformers' model type, which is also the first word of the pa
         ("cls_token",),
         ("mlp", "mlp.fc1", "mlp.fc2"),
         {("classifier",): "Dinov2ForImageClassification"},
+        "BitImageProcessor",
     ),
 }
 _HALF = (0.5, 0.5, 0.5)
@@ -145,11 +156,12 @@ class ImageProcessor:
         write_json(Path(folder) / "preprocessor_config.json", settings)
 
 
-def read_processor(folder: Path) -> ImageProcessor:
+def read_processor(folder: Path, model_type: str) -> ImageProcessor:
     """Read a folder's `preprocessor_config.json`.
 
     Args:
         folder: a Hugging Face folder.
+        model_type: a name of `KINDS`; tells the image processor where the file does not, as in transformers.
 
     Returns:
         ImageProcessor: at the size of the file.
@@ -161,9 +173,8 @@ def read_processor(folder: Path) -> ImageProcessor:
     if not path.is_file():
         raise RequestError(f"{folder} has no preprocessor_config.json: without it nobody knows which pixels it reads")
     config = read_json(path)
-    given = (
-        config.get("image_processor_type", config.get("feature_extractor_type")) if isinstance(config, dict) else None
-    )
+    named = config if isinstance(config, dict) else {}
+    given = named.get("image_processor_type", named.get("feature_extractor_type", KINDS[model_type].processor))
     name = str(given).removesuffix("Fast").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
     if name not in _PROCESSORS:
         known = ", ".join(f"{name}ImageProcessor" for name in _PROCESSORS)
@@ -453,7 +464,9 @@ def from_folder(
     Raises:
         RequestError: a file is missing or broken.
     """
-    return build(read_config(raw, folder), state, read_processor(folder), source, image_size, smaller)
+    return build(
+        read_config(raw, folder), state, read_processor(folder, raw["model_type"]), source, image_size, smaller
+    )
 
 
 def read_config(raw: Mapping[str, Any], folder: Path) -> Any:
