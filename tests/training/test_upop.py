@@ -22,7 +22,7 @@ from vlprune.training.upop import PUBLISHED, Masks, SearchOptions, _authors, mul
 
 TASKS = ("retrieval", "captioning", "vqa")
 FAST = FinetuneOptions(max_steps=6, lr=1e-3, batch_size=8, precision="fp32", device="cpu")
-QUICK = SearchOptions(FAST, interval=2, round_to=4)
+QUICK = SearchOptions(FAST, lr=1e-3, interval=2, round_to=4)
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +333,7 @@ def test_seeds_decide_everything(whole):
 
 def test_a_model_learns_while_it_is_searched(whole):
     model = whole.for_task("retrieval")
-    options = SearchOptions(dataclasses.replace(FAST, max_steps=60, lr=2e-3), interval=2, round_to=1)
+    options = SearchOptions(dataclasses.replace(FAST, max_steps=60), lr=2e-3, interval=2, round_to=1)
     plan, info = search(model, "retrieval", data_of("retrieval"), 0.3, options)
     assert info["loss"] < info["first_loss"]
     assert info["achieved"] == pytest.approx(0.3, abs=0.02)
@@ -410,6 +410,34 @@ def test_defaults_are_the_authors(whole):
         assert seen["watcher"].interval == 200
 
 
+@pytest.mark.parametrize(
+    ("lr", "of_training", "suggested", "expected"),
+    [
+        (None, None, None, 1e-5),  # the authors'
+        (None, None, 1e-3, 3e-4),
+        (None, 2e-3, 1e-3, 6e-4),
+        (None, 2e-3, None, 6e-4),
+        (5e-4, 2e-3, 1e-3, 5e-4),
+        (5e-4, None, None, 5e-4),
+    ],
+)
+def test_the_constant_rate_is_below_the_peak_of_fine_tuning(whole, lr, of_training, suggested, expected):
+    model = whole.for_task("retrieval")
+    model.options = {"finetune": {"lr": suggested}} if suggested else {}
+    options = SearchOptions(dataclasses.replace(FAST, max_steps=1, lr=of_training), lr=lr, round_to=1)
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        rates.append({group["lr"] for group in self.param_groups})
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", watched)
+        _, info = search(model, "retrieval", data_of("retrieval"), 0.5, options)
+    assert info["lr"] == pytest.approx(expected) and rates == [{info["lr"]}]
+
+
 def test_costs_of_the_paper(whole):
     model = whole.for_task("retrieval")
     plan, info = search(model, "retrieval", data_of("retrieval"), 0.5, dataclasses.replace(QUICK, costs="heads"))
@@ -435,6 +463,8 @@ def test_costs_of_the_paper(whole):
         (0.5, {"interval": 0}),
         (0.5, {"costs": "flops"}),
         (0.5, {"training": dataclasses.replace(FAST, lr=-1.0)}),
+        (0.5, {"lr": 0.0}),
+        (0.5, {"lr": float("nan")}),
     ],
 )
 def test_wrong_requests_are_refused(whole, ratio, changes):

@@ -12,6 +12,7 @@ units fade (`vlprune.structured.upop`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,7 @@ from vlprune.training.finetune import AUTHORS, FinetuneOptions, settle
 from vlprune.training.loop import SAVE_SECONDS, Watcher, accelerator, train
 
 
+RATE = 0.3  # of the peak rate of fine-tuning, where that is given: what the search is not to exceed all the time
 UPDATES = 50  # the authors' schedules update the masks 50 to 200 times: shorter searches update more often than N
 
 
@@ -65,8 +67,10 @@ class SearchOptions:
     """What a caller may choose.
 
     Attributes:
-        training: of the weights; `lr` stays constant; `mode` does not count, all weights are trained. None in it = what
-            the checkpoint suggests, else UPop's authors' value.
+        training: of the weights, as for the fine-tuning after it; `mode` does not count, all weights are trained. None
+            in it = what the checkpoint suggests, else UPop's authors' value.
+        lr: constant learning rate; None = `RATE` of the peak rate that `training` or the checkpoint says, else UPop's
+            authors' value.
         interval: steps between two updates of the masks; None = the authors', or so many that there are `UPDATES`.
         round_to: final widths are multiples of it; 1 = any width.
         costs: what the ratio counts: "weights", of which the ratio is the fraction removed, or "heads", the paper's (3
@@ -74,6 +78,7 @@ class SearchOptions:
     """
 
     training: FinetuneOptions = field(default_factory=FinetuneOptions)
+    lr: float | None = None
     interval: int | None = None
     round_to: int = ROUND_TO
     costs: Literal["weights", "heads"] = "weights"
@@ -114,6 +119,10 @@ def search(
     """
     options = options or SearchOptions()
     settings = settle(replace(options.training, mode="full"), model, task, data, _authors(ratio))
+    if options.lr is not None and not 0 < options.lr < math.inf:
+        raise RequestError(f"a search with lr = {options.lr!r}: give a positive number")
+    given = options.training.lr is not None or "lr" in model.options.get("finetune", {})
+    settings = replace(settings, lr=options.lr or settings.lr * (RATE if given else 1.0))
     groups = model.groups()
     if options.costs not in ("weights", "heads"):
         raise RequestError(f"unknown costs {options.costs!r}: choose weights or heads")
