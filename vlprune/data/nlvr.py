@@ -154,7 +154,7 @@ def _only_shape(rng: np.random.Generator, there: Scene, other: Scene, side: str,
 
 def _only(rng: np.random.Generator, there: Scene, other: Scene, attribute: str, label: bool) -> str | None:
     """A word for an object that is in one picture and not in the other; false: in both, in the other, in neither."""
-    word = _CHOICES[attribute][rng.integers(len(_CHOICES[attribute]))]
+    word = _word(rng, attribute)
     here, elsewhere = (any(getattr(item, attribute) == word for item in s.items) for s in (there, other))
     rare = here or elsewhere or not rng.integers(4)  # most words are true of neither picture: too easy
     return word if label == (here and not elsewhere) and rare else None
@@ -169,8 +169,13 @@ def _article(word: str) -> str:
 
 def _altered(rng: np.random.Generator, item: Item, attributes: Sequence[str]) -> Item:
     """Change size, colour or shape of an object."""
-    attribute = attributes[rng.integers(len(attributes))]
-    return replace(item, **{attribute: _CHOICES[attribute][rng.integers(len(_CHOICES[attribute]))]})
+    attribute = attributes[int(rng.integers(len(attributes)))]
+    changed: dict[str, Any] = {attribute: _word(rng, attribute)}
+    return replace(item, **changed)
+
+
+def _word(rng: np.random.Generator, attribute: str) -> str:
+    return _CHOICES[attribute][rng.integers(len(_CHOICES[attribute]))]
 
 
 def _shows(there: Scene, told: Scene) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -33,7 +33,7 @@ class Batches:
     """
 
     def __init__(self, model: Model, data: Data, size: int, seed: int, steps: range) -> None:
-        self.model: Any = model  # which batches a family makes depends on its tasks
+        self.model = cast(Any, model)  # which batches a family makes depends on its tasks
         self.data = data
         self.size = size
         self.seed = seed
