@@ -455,6 +455,26 @@ class Nodes:
     def _only_read_by(self, name: str, nodes: dict[int, NodeProto]) -> bool:
         return name not in self.results and all(id(reader) in nodes for reader in self.readers.get(name, []))
 
+    def layer_norm(self, value: str) -> NodeProto | None:
+        """Find the LayerNorm over the last axis that makes a value.
+
+        Args:
+            value: any.
+
+        Returns:
+            NodeProto | None: with scale and bias that are constant vectors as long as the axis.
+        """
+        node = self.maker(value, "LayerNormalization")
+        if node is None or len(node.input) < 3 or len([name for name in node.output if name]) != 1:
+            return None
+        dims = self.dims.get(node.input[0]) or [None]
+        axis = attributes(node).get("axis", -1)
+        vectors = [self.tensors.get(name) for name in node.input[1:3]]
+        constant = all(v is not None and v.data_type == TensorProto.FLOAT for v in vectors)
+        if not constant or axis not in (-1, len(dims) - 1) or dims[-1] is None:
+            return None
+        return node if all(list(v.dims) == dims[-1:] for v in vectors if v is not None) else None
+
     def residual(self, value: str) -> tuple[str, str, NodeProto] | None:
         """Find what is added to a value of the same shape.
 

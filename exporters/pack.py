@@ -1,7 +1,7 @@
 """Rewrite a plain ONNX graph so that it stores and multiplies only the weights that are left, and back.
 
-`pack` replaces each Linear that is sparse enough by one vlprune.SparseLinear, which takes the bias, the activation and
-the residual with it, and each attention by one vlprune.Attention; everything else stays as it is. Linears that give
+`pack` replaces each Linear that is sparse enough by one vlprune.SparseLinear, which takes the LayerNorm before it, the
+bias, the activation and the residual with it, and each attention by one vlprune.Attention; everything else stays as it is. Linears that give
 the query, key and value of one attention become one node, and so do two of which only the second reads the first
 (vlprune.SparseMlp). `unpack` writes standard operators again, with the weights under their names: exactly those packed
 as fp32, the rounded ones of fp16.
@@ -41,6 +41,7 @@ LIMIT = 2**31 - 2**20  # bytes of weights from which a file's weights go beside 
 OPSETS = range(13, 24)  # what Softmax, Split and Squeeze are written for
 _NOTES = ("packed", "values", "target", "layers")  # keys of a packed file's metadata, after "vlprune."
 _INPUTS = ("x", "values", "indices", "rows", "counts", "bias", "residual")
+_NORM = {"SparseLinear": 7, "SparseMlp": 12}  # where the inputs norm_scale and norm_bias stand
 _SIZES = ("block_columns", "panel_rows", "group_rows")
 _ATTRIBUTES = ("in_features", "out_features", *_SIZES)
 
@@ -80,6 +81,7 @@ def pack(
     packer.fuse_attentions()
     packer.fuse_linears()
     packer.fuse_mlps()
+    packer.fuse_norms()
     notes = {"packed": "sparse", "values": values, "target": target, "layers": json.dumps(packer.layers)}
     return packer.model(notes), packer.rows
 
@@ -250,6 +252,27 @@ class _Packer:
             node = helper.make_node("SparseMlp", joint, [second.output[0]], name, **more)
             self.graph.replace([first, second], node)
             self.layers[name] = {"linears": [first.name, second.name], "hidden": hidden}
+
+    def fuse_norms(self) -> None:
+        """Let packed nodes compute the LayerNorm that only they read."""
+        for node in list(self.graph):
+            if node.domain != DOMAIN or node.op_type not in _NORM:
+                continue
+            norm = self.graph.layer_norm(node.input[0])
+            if (
+                norm is None
+                or self.graph.only_reader(node.input[0]) is not node
+                or list(node.input).count(node.input[0]) > 1
+            ):
+                continue
+            new = NodeProto()
+            new.CopyFrom(node)
+            del new.input[:]
+            place = _NORM[node.op_type]
+            new.input.extend([norm.input[0], *[*node.input, *[""] * place][1:place], *norm.input[1:3]])
+            new.attribute.append(helper.make_attribute("norm_epsilon", attributes(norm).get("epsilon", 1e-5)))
+            self.graph.replace([norm, node], new)
+            self.layers[node.name]["norm"] = [norm.name, norm.output[0]]
 
     def _together(self, linears: Mapping[str, Linear]) -> dict[str, tuple[int, list[Linear]]]:
         """Find the Linears that give query, key and value of one attention from the same input."""
@@ -434,7 +457,7 @@ def unpack(model: ModelProto) -> ModelProto:
         raise RequestError("the graph is not packed: there is nothing to unpack")
     if _opset(model) not in OPSETS:
         raise RequestError(f"opset {_opset(model)} cannot be unpacked: {OPSETS.start} to {OPSETS.stop - 1} can")
-    model = _without_mlps(model)
+    model = _without_mlps(_without_norms(model))
     unpacker = _Unpacker(model)
     nodes: list[NodeProto] = []
     for node in model.graph.node:
@@ -446,6 +469,41 @@ def unpack(model: ModelProto) -> ModelProto:
     values = {entry.key: entry.value for entry in model.metadata_props}.get("vlprune.values", "fp32")
     _set_notes(plain, {"rounded": values} if values != "fp32" else {})
     return plain
+
+
+def _without_norms(packed: ModelProto) -> ModelProto:
+    """Write the LayerNorms that packed nodes compute as nodes of their own."""
+    layers, names = _layers(packed), _Names(packed)
+    model = ModelProto()
+    model.CopyFrom(packed)
+    del model.graph.node[:]
+    for node in packed.graph.node:
+        place = _NORM.get(node.op_type, len(node.input)) if node.domain == DOMAIN else len(node.input)
+        given = [*node.input[place:], "", ""][:2]
+        if any(given):
+            epsilon = attributes(node).get("norm_epsilon")
+            if not all(given) or not isinstance(epsilon, float) or _opset(packed) < 17:
+                raise RequestError(
+                    f"the node {node.name} has a norm without scale, bias or epsilon, or before opset 17"
+                )
+            name, value = layers.get(node.name, {}).get("norm") or [f"{node.name}/norm"] * 2
+            inputs, output = [node.input[0], *given], names.value(value)
+            norm = helper.make_node("LayerNormalization", inputs, [output], names.node(name), axis=-1, epsilon=epsilon)
+            rest = [output, *node.input[1:place]]
+            node = _with_inputs(node, rest)
+            model.graph.node.append(norm)
+        model.graph.node.append(node)
+    return model
+
+
+def _with_inputs(node: NodeProto, inputs: Sequence[str]) -> NodeProto:
+    """Copy a packed node with other inputs, and without a norm."""
+    new = NodeProto()
+    new.CopyFrom(node)
+    del new.input[:], new.attribute[:]
+    new.input.extend(inputs)
+    new.attribute.extend(attribute for attribute in node.attribute if attribute.name != "norm_epsilon")
+    return new
 
 
 def _without_mlps(packed: ModelProto) -> ModelProto:
@@ -710,6 +768,9 @@ def _layers(model: ModelProto) -> dict[str, dict[str, Any]]:
             linears, hidden = layer.get("linears", ["", ""]), layer.get("hidden", "")
             if type(linears) is not list or [type(name) for name in [*linears, hidden]] != [str] * 3:
                 raise ValueError("two layers in one without two names")
+            norm = layer.get("norm", ["", ""])
+            if type(norm) is not list or [type(name) for name in norm] != [str] * 2 or "norm" in layer and not norm[1]:
+                raise ValueError("a norm without two names")
             if type(layer.get("width", 1)) is not int or layer.get("width", 1) < 1:
                 raise ValueError("heads without width")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

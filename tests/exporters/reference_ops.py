@@ -43,10 +43,21 @@ def plus(y, residual):
     return (y.astype(np.float32),)
 
 
+def normed(x, scale, bias, given):
+    assert (scale is None) == (bias is None)
+    if scale is None:
+        return x
+    x = x.astype(np.float64)
+    apart = x - x.mean(-1, keepdims=True)
+    return apart / np.sqrt((apart**2).mean(-1, keepdims=True) + given["norm_epsilon"]) * scale + bias
+
+
 class SparseLinear(OpRun):
     op_domain = "vlprune"
 
-    def _run(self, x, values, indices, rows, counts, bias=None, residual=None, **given):
+    def _run(self, x, values, indices, rows, counts, *rest, **given):
+        bias, residual, scale, shift = [*rest, *[None] * 4][:4]
+        x = normed(x, scale, shift, given)
         sizes = {name: given[name] for name in SIZES}
         return plus(layer(x, values, indices, rows, counts, bias, given["activation"], sizes), residual)
 
@@ -55,7 +66,8 @@ class SparseMlp(OpRun):
     op_domain = "vlprune"
 
     def _run(self, x, *inputs, **given):
-        inputs = [*inputs, *[None] * 11][:11]
+        inputs = [*inputs, *[None] * 13][:13]
+        x = normed(x, *inputs[11:], given)
         first = {name: given[name] for name in SIZES} | {"out_features": given["hidden_features"]}
         second = {name: given[f"hidden_{name}"] for name in SIZES[2:]}
         second |= {"in_features": given["hidden_features"], "out_features": given["out_features"]}

@@ -879,6 +879,87 @@ def test_malformed_metadata_of_pairs_are_refused(layer):
         unpack(packed)
 
 
+# --- LayerNorm --------------------------------------------------------------------------------------------------------
+
+
+def norm(graph, x="x", size=K, **options):
+    rng = np.random.default_rng(3)
+    vectors = [graph.constant(rng.normal(size=size).astype(np.float32), name) for name in ("scale", "shift")]
+    return graph("LayerNormalization", x, *vectors, **options)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"axis": -1, "epsilon": 1e-3}, {"axis": 2}], ids=str)
+def test_a_norm_goes_into_the_node_that_reads_it(layers, options):
+    graph = x3()
+    normed = norm(graph, **options)
+    y = pair(graph, relu, normed)[1] if layers == 2 else graph.linear(normed)
+    model = graph.model(graph("Add", y, "x") if layers == 2 and N == K else y)
+    packed, _ = packed_well(model)
+    assert kinds(packed) == ["SparseMlp" if layers == 2 else "SparseLinear"]
+    (node,) = packed.graph.node
+    assert list(node.input)[-2:] == ["scale", "shift"]
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    assert given["norm_epsilon"] == pytest.approx(options.get("epsilon", 1e-5))
+
+    plain = unpack(packed)
+    before, after = ([n for n in m.graph.node if n.op_type == "LayerNormalization"] for m in (model, plain))
+    assert [(n.name, list(n.output)) for n in after] == [(n.name, list(n.output)) for n in before]
+    del packed.metadata_props[:]
+    nameless = unpack(packed)
+    onnx.checker.check_model(nameless, full_check=True)
+    np.testing.assert_allclose(run(nameless, feeds_of(model))[0], run(model, feeds_of(model))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("why", ["another reader", "a result", "another axis", "no bias", "a scale that is computed"])
+def test_a_norm_that_others_need_or_that_is_none_stays(why):
+    graph = x3(s=[K])
+    if why == "another axis":
+        graph = Graph(x=["batch", 3, K])
+        normed = graph("LayerNormalization", "x", *(graph.constant(np.ones((3, K), np.float32)) for _ in "sb"), axis=1)
+    elif why == "no bias":
+        normed = graph("LayerNormalization", "x", graph.constant(np.ones(K, np.float32)))
+    elif why == "a scale that is computed":
+        normed = graph("LayerNormalization", "x", "s", graph.constant(np.ones(K, np.float32)))
+    else:
+        normed = norm(graph)
+    y = graph.linear(normed)
+    if why == "another reader":
+        model = graph.model(y, graph("Tanh", normed))
+    else:
+        model = graph.model(y, normed) if why == "a result" else graph.model(y)
+    packed, _ = packed_well(model)
+    assert kinds(packed).count("LayerNormalization") == 1
+
+
+@pytest.mark.parametrize("change", ["no bias", "no epsilon", "an epsilon that is no float", "an old opset"])
+def test_malformed_norms_of_packed_graphs_are_refused(change):
+    graph = x3()
+    packed, _ = pack(graph.model(graph.linear(norm(graph))), target="avx2")
+    (node,) = packed.graph.node
+    if change == "no bias":
+        node.input.pop()
+    elif change == "an old opset":
+        packed.opset_import[0].version = 16
+    else:
+        (epsilon,) = [a for a in node.attribute if a.name == "norm_epsilon"]
+        node.attribute.remove(epsilon)
+        if change != "no epsilon":
+            node.attribute.append(helper.make_attribute("norm_epsilon", 1))
+    with pytest.raises(RequestError, match="a norm without scale, bias or epsilon, or before opset 17"):
+        unpack(packed)
+
+
+@pytest.mark.parametrize("layer", [{"norm": ["a"]}, {"norm": "ab"}, {"norm": ["a", ""]}, {"norm": [1, "b"]}], ids=str)
+def test_malformed_metadata_of_norms_are_refused(layer):
+    graph = x3()
+    packed, _ = pack(graph.model(graph.linear(norm(graph))), target="avx2")
+    entry = next(entry for entry in packed.metadata_props if entry.key == "vlprune.layers")
+    entry.value = json.dumps({packed.graph.node[0].name: layer})
+    with pytest.raises(RequestError, match="the metadata of the packed graph are malformed"):
+        unpack(packed)
+
+
 # --- attention --------------------------------------------------------------------------------------------------------
 
 HEADS, WIDTH = 4, 24

@@ -21,8 +21,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 
 Arrays = dict[str, np.ndarray]
-INPUTS = ("x", "values", "indices", "rows", "counts", "bias", "residual")
-MLP_INPUTS = (*INPUTS[:6], *(f"hidden_{name}" for name in INPUTS[1:6]), "residual")
+NORM = ("norm_scale", "norm_bias")
+INPUTS = ("x", "values", "indices", "rows", "counts", "bias", "residual", *NORM)
+MLP_INPUTS = (*INPUTS[:6], *(f"hidden_{name}" for name in INPUTS[1:6]), "residual", *NORM)
+EPSILON = 1e-3
 SIZES_OF_LAYOUT = ("block_columns", "panel_rows", "group_rows")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu")
 
@@ -42,9 +44,11 @@ class Linear:
     activation: str = "none"
     kept: float = 0.3
     seed: int = 0
+    norm: bool = False
     weight: np.ndarray = field(init=False)  # [N, K], rounded when half
     mask: np.ndarray = field(init=False)  # [N, K], True = kept
     bias_values: np.ndarray = field(init=False)
+    norm_values: np.ndarray = field(init=False)  # [2, K]: scale, bias
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
@@ -55,10 +59,12 @@ class Linear:
             mask[1], mask[2] = False, True
         self.mask = mask.repeat(self.group, 0)
         self.bias_values = rng.standard_normal(self.N).astype(np.float32)
+        self.norm_values = rng.standard_normal((2, self.K)).astype(np.float32)
 
     def attributes(self) -> dict[str, Any]:
         sizes = {"in_features": self.K, "out_features": self.N, "block_columns": self.block, "panel_rows": self.panel}
-        return sizes | {"group_rows": self.group, "activation": self.activation}
+        sizes |= {"group_rows": self.group, "activation": self.activation}
+        return sizes | ({"norm_epsilon": EPSILON} if self.norm else {})
 
     def arrays(self) -> Arrays:
         """The weight in its layout."""
@@ -86,7 +92,8 @@ class Linear:
             "rows": np.array(rows, np.uint8),
             "counts": np.array(counts, np.uint16),
         }
-        return arrays | ({"bias": self.bias_values} if self.bias else {})
+        arrays |= {"bias": self.bias_values} if self.bias else {}
+        return arrays | (dict(zip(NORM, self.norm_values, strict=True)) if self.norm else {})
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -98,6 +105,10 @@ class Linear:
     def expected(self, x: np.ndarray, residual: np.ndarray | None = None) -> np.ndarray:
         """The result in float64: only kept weights meet x, so that 0 * inf does not arise where nothing is kept."""
         with np.errstate(invalid="ignore", over="ignore"):
+            if self.norm:
+                apart = x.astype(np.float64) - x.mean(-1, keepdims=True, dtype=np.float64)
+                x = apart / np.sqrt((apart**2).mean(-1, keepdims=True) + EPSILON)
+                x = x * self.norm_values[0] + self.norm_values[1]
             if np.isfinite(x).all():
                 y = x.astype(np.float64) @ (self.weight * self.mask).T.astype(np.float64)
             else:
@@ -161,6 +172,7 @@ def layers_model(
     op: str, name: str, weights: Iterable[str], arrays: Arrays, attributes: dict[str, Any], residual: bool
 ) -> ModelProto:
     names = ["x", *(weight if weight in arrays else "" for weight in weights), "residual" if residual else ""]
+    names += [name if name in arrays else "" for name in NORM]
     while not names[-1]:
         names.pop()
     node = helper.make_node(op, names, ["y"], name=name, domain="vlprune", **attributes)
@@ -258,8 +270,11 @@ def linears() -> Iterator[Linear]:
     for group in (1, 4):
         for number, activation in enumerate(ACTIVATIONS * 4):
             bias, residual = bool(number // 5 % 2), bool(number // 10)
+            norm = number % 3 == 0
             sizes = {"K": 70, "N": 36, "block": 32, "panel": 16, "group": group}
-            yield Linear(**sizes, bias=bias, residual=residual, activation=activation, seed=number)
+            yield Linear(**sizes, bias=bias, residual=residual, activation=activation, seed=number, norm=norm)
+    for K in (1, 7, 70, 768):
+        yield Linear(K, 36, 32, 16, norm=True, residual=True)
 
 
 def leading_shapes(few: bool = False) -> list[tuple[int, ...]]:
@@ -322,7 +337,7 @@ def mlps(all_sizes: list[tuple[Sizes, Sizes, Sizes]] = MLPS) -> Iterator[Mlp]:
         for half in range(4):
             flags = [bool((number + half) >> bit & 1) for bit in range(3)]
             options = {"activation": ACTIVATIONS[(number + half) % 5], "bias": not flags[0], "seed": number}
-            layer = Linear(K, hidden, *first, half=bool(half & 1), **options)
+            layer = Linear(K, hidden, *first, half=bool(half & 1), norm=flags[2], **options)
             after = {"bias": not flags[1], "residual": flags[1] != flags[2], "seed": number + 50}
             yield Mlp(layer, Linear(hidden, N, *second, half=bool(half & 2), **after))
 

@@ -409,6 +409,33 @@ def test_attributes_must_be_there_and_of_their_type(library: str, name: str) -> 
             models.open_model(models.linear_model(linear.arrays(), wrong), library)
 
 
+@pytest.mark.parametrize("layers", ["linear", "mlp"])
+@pytest.mark.parametrize(
+    ("arrays", "attributes", "message"),
+    [
+        ({"norm_bias": None}, {}, "inputs norm_scale and norm_bias must be both given or both left out"),
+        ({"norm_scale": None}, {}, "inputs norm_scale and norm_bias must be both given or both left out"),
+        ({"norm_scale": np.ones(69, np.float32)}, {}, "input norm_scale has 69 elements, must have 70"),
+        ({"norm_bias": np.ones((1, 70), np.float32)}, {}, "input norm_bias has shape"),
+        ({}, {"norm_epsilon": None}, "attribute norm_epsilon is missing or not a float"),
+        ({}, {"norm_epsilon": 1}, "attribute norm_epsilon is missing or not a float"),
+        ({}, {"norm_epsilon": -1.0}, "attribute norm_epsilon is negative"),
+        ({}, {"norm_epsilon": float("nan")}, "attribute norm_epsilon is not finite"),
+    ],
+)
+def test_malformed_norms_are_refused(
+    library: str, layers: str, arrays: dict[str, Any], attributes: dict[str, Any], message: str
+) -> None:
+    first = Linear(70, 36, 32, norm=True)
+    node: Linear | Mlp = Mlp(first, Linear(36, 20, 16)) if layers == "mlp" else first
+    make = models.mlp_model if layers == "mlp" else models.linear_model
+    wrong = {name: array for name, array in (node.arrays() | arrays).items() if array is not None}
+    given = {name: value for name, value in (node.attributes() | attributes).items() if value is not None}
+    models.open_model(make(node.arrays(), node.attributes()), library)
+    with pytest.raises(Exception, match=f"node '{layers}': {message}"):
+        models.open_model(make(wrong, given), library)
+
+
 @pytest.mark.parametrize(
     ("inputs", "attributes", "message"),
     [

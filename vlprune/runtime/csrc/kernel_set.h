@@ -12,8 +12,12 @@ struct KernelSet {
   int vectors_grouped;  // the same for 4-row groups, whose sums take four times the registers
   int row_tokens;       // up to so many tokens go one by one through `rows` instead of through tiles
 
-  // x [tokens, K], columns k0 to k1 -> tile [k1 - k0, vectors * W]: tokens side by side, the missing ones zero.
-  void (*transpose)(const float* x, int64_t K, int tokens, int vectors, int64_t k0, int64_t k1, float* tile);
+  // norm(x [K]) -> y [K].
+  void (*normalise)(const Norm& norm, const float* x, int64_t K, float* y);
+  // Up to W tokens of x [tokens, K], columns k0 to k1 -> tile [k1 - k0, W], rows `side` floats apart: tokens side by
+  // side, the missing ones zero; with `norm`, normalised on the way.
+  void (*transpose)(const float* x, int64_t K, int tokens, int64_t k0, int64_t k1, const Norm* norm, float* tile,
+                    int64_t side);
 
   // Adds column blocks b0 to b1 of one panel to `sums` [panel, vectors * W], which block 0 starts at the bias. `tile`
   // begins at block b0. y, if not null, is where `finish` will write next: it is fetched meanwhile, as is the residual.

@@ -8,7 +8,6 @@
 #include <new>
 #include <numeric>
 #include <thread>
-#include <utility>
 
 #include "kernel_set.h"
 
@@ -77,22 +76,115 @@ class Memory {
 thread_local Memory shared_memory;  // of the calling thread: what all parts of a call read
 thread_local Memory own_memory;     // of each thread of the pool: what one part needs
 
-// Turns a lambda (part number) -> bool into what the pool runs; false = no memory.
-template <class F>
-void run(ParallelFor parallel, void* pool, size_t parts, const F& f) {
-  struct Call {
-    const F& f;
-    std::atomic<bool> failed;
-  } call{f, {false}};
-  auto part = [](void* data, size_t index) {
-    Call& call = *static_cast<Call*>(data);
-    if (!call.f(index)) call.failed = true;
+// The threads a pool may have. ONNX Runtime does not tell, but by default it has one per core.
+int64_t threads() {
+  static const int64_t count = std::max(1u, std::thread::hardware_concurrency());
+  return count;
+}
+
+// Sequences of steps, which the threads of the pool work through. A step begins when the one before it in its sequence is
+// done; its parts may be computed in any order, by anyone. parts(sequence, step) tells how many there are, at least one;
+// compute(sequence, step, part) gives false when it had no memory.
+//
+// Every thread has a sequence that it turns to first, in every call the same, so that it finds in its cache what it wrote
+// in the call before; only when there is nothing to do there it takes a part of another. Thus a core that is slower, or
+// begins later, holds up nobody for longer than a part takes.
+template <class Parts, class Compute>
+class Schedule {
+ public:
+  static constexpr int64_t kMost = 64;  // sequences
+
+  Schedule(const Parts& parts, const Compute& compute) : parts_(parts), compute_(compute) {}
+
+  void add(int64_t steps) { sequences_[count_++].steps = steps; }
+
+  void run(ParallelFor parallel, void* pool) {
+    if (threads() == 1)
+      work(this, 0);
+    else
+      parallel(pool, work, threads(), this);
+    if (failed_) throw std::bad_alloc();
+  }
+
+ private:
+  struct alignas(64) Sequence {
+    std::atomic<uint64_t> claimed{0};  // the step, and behind it the parts of it that somebody has begun
+    std::atomic<int64_t> done{0};      // parts of the step
+    std::atomic<bool> taken{false};    // some thread turns to it first
+    int64_t steps = 0;
   };
-  if (parts == 1)
-    part(&call, 0);
-  else
-    parallel(pool, part, parts, &call);
-  if (call.failed) throw std::bad_alloc();
+  static constexpr int kShift = 32;
+
+  static void work(void* data, size_t) {
+    Schedule& schedule = *static_cast<Schedule*>(data);
+    const int64_t home = schedule.take();
+    for (int waits = 0;;) {
+      switch (schedule.compute_next(home)) {
+        case kComputed:
+          waits = 0;
+          break;
+        case kWait:  // for parts that other threads are at
+          if (++waits % 1024 == 0) std::this_thread::yield();
+          break;
+        case kFinished:
+          return;
+      }
+    }
+  }
+
+  // The sequence a thread had in its last call, if no other thread has taken it.
+  int64_t take() {
+    thread_local int64_t last = 0;
+    for (int64_t i = 0; i < count_; ++i)
+      if (!sequences_[(last + i) % count_].taken.exchange(true)) return last = (last + i) % count_;
+    return last % count_;
+  }
+
+  enum Outcome { kComputed, kWait, kFinished };
+
+  Outcome compute_next(int64_t home) {
+    Outcome outcome = kFinished;
+    for (int64_t i = 0; i < count_; ++i) {
+      const int64_t index = (home + i) % count_;
+      Sequence& sequence = sequences_[index];
+      int64_t step = sequence.claimed.load(std::memory_order_acquire) >> kShift;
+      if (step == sequence.steps) continue;
+      outcome = kWait;
+      if (begun(sequence.claimed.load(std::memory_order_acquire)) >= parts_(index, step)) continue;
+      const uint64_t claim = sequence.claimed.fetch_add(1, std::memory_order_acq_rel);
+      step = claim >> kShift;  // which may have begun since
+      if (step == sequence.steps) continue;
+      const int64_t parts = parts_(index, step);
+      if (begun(claim) >= parts) continue;
+      if (!compute_(index, step, begun(claim))) failed_ = true;
+      if (sequence.done.fetch_add(1, std::memory_order_acq_rel) + 1 == parts) {
+        sequence.done.store(0, std::memory_order_relaxed);
+        sequence.claimed.store(static_cast<uint64_t>(step + 1) << kShift, std::memory_order_release);
+      }
+      return kComputed;
+    }
+    return outcome;
+  }
+
+  static int64_t begun(uint64_t claimed) { return claimed & ((uint64_t{1} << kShift) - 1); }
+
+  const Parts& parts_;
+  const Compute& compute_;
+  int64_t count_ = 0;
+  std::atomic<bool> failed_{false};
+  Sequence sequences_[kMost];
+};
+
+// Parts that wait for nothing: compute(part) for all of them.
+template <class Compute>
+void run(ParallelFor parallel, void* pool, int64_t parts, const Compute& compute) {
+  const int64_t ranges = std::min({threads(), parts, int64_t{64}});
+  auto first = [&](int64_t range) { return range * parts / ranges; };
+  auto count = [&](int64_t range, int64_t) { return first(range + 1) - first(range); };
+  auto part = [&](int64_t range, int64_t, int64_t index) { return compute(first(range) + index); };
+  Schedule<decltype(count), decltype(part)> schedule(count, part);
+  for (int64_t i = 0; i < ranges; ++i) schedule.add(1);
+  schedule.run(parallel, pool);
 }
 
 // The tokens of a call cut into tiles of whole vectors, as equal as can be.
@@ -100,17 +192,8 @@ struct Tiles {
   int64_t tokens, vectors, count;
   int width;
 
-  // `share`: the number of tiles is a multiple of it where there are enough vectors.
-  Tiles(int64_t tokens, int width, int most, int64_t share)
-      : tokens(tokens), vectors((tokens + width - 1) / width), count((vectors + most - 1) / most), width(width) {
-    count = std::min((count + share - 1) / share * share, vectors);
-  }
-
-  // Vectors of the thread that has most to do.
-  int64_t busiest(int64_t share) const {
-    const int64_t rounds = (count + share - 1) / share, longer = vectors % count;  // tiles with a vector more
-    return rounds * (vectors / count) + (longer + share - 1) / share;
-  }
+  Tiles(int64_t tokens, int width, int most)
+      : tokens(tokens), vectors((tokens + width - 1) / width), count((vectors + most - 1) / most), width(width) {}
 
   int64_t first_vector(int64_t tile) const { return tile * vectors / count; }
   int64_t first_token(int64_t tile) const { return first_vector(tile) * width; }
@@ -120,141 +203,104 @@ struct Tiles {
   }
 };
 
-// Few tokens are transposed first, by all threads, and then computed panel by panel: no thread idles, and each reads only
-// its part of the weights. When that much no longer fits the cache of a core (kSmall floats of the usual 1 MB), each thread
-// transposes and computes tiles of its own, if they can be shared out evenly, or nearly (kUneven).
-constexpr int64_t kSmall = 192 * 1024;
-constexpr double kUneven = 1.15;
-constexpr int64_t kPiece = 768;        // columns
-constexpr int64_t kTransposed = 256;  // columns per part of the first step
-
-// The threads a pool may have. ONNX Runtime does not tell, but by default it has one per core.
-int64_t threads() {
-  static const int64_t count = std::max(1u, std::thread::hardware_concurrency());
-  return count;
-}
+// Floats of a tile that are transposed, or lie between two layers, at a time.
+constexpr int64_t kPiece = 48 * 1024;
 
 int64_t blocks_of(const SparseWeights& w) { return (w.K + w.block - 1) / w.block; }
 int64_t panels_of(const SparseWeights& w) { return (w.N + w.panel - 1) / w.panel; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Few tokens go one by one, each panel by itself.
+void rows(const KernelSet& set, const SparseWeights* first, const SparseWeights& w, const Norm* norm, const float* x,
+          int64_t tokens, const float* residual, float* y, ParallelFor parallel, void* pool) {
+  const int64_t K = first ? first->K : w.K, between = first ? w.K : 0, kept = between + (norm ? K : 0);
+  float* hidden = kept ? shared_memory.floats(tokens * kept) : nullptr;
+  if (kept && !hidden) throw std::bad_alloc();
+  if (norm) {
+    float* normed = hidden + tokens * between;
+    for (int64_t t = 0; t < tokens; ++t) set.normalise(*norm, x + t * K, K, normed + t * K);
+    x = normed;
+  }
+  auto layer = [&](const SparseWeights& weights, const float* from, const float* add, float* to) {
+    run(parallel, pool, panels_of(weights), [&](int64_t panel) {
+      float* sums = own_memory.floats(weights.panel);
+      for (int64_t t = 0; sums && t < tokens; ++t)
+        set.row(weights, panel, from + t * weights.K, add ? add + t * weights.N : nullptr, to + t * weights.N, sums);
+      return sums != nullptr;
+    });
+  };
+  if (first) layer(*first, x, nullptr, hidden);
+  layer(w, first ? hidden : x, residual, y);
+}
 
 // Both layers, or with `first` null only one, whose input is then x.
-void layers(const SparseWeights* first, const SparseWeights& w, const float* x, int64_t tokens, const float* residual,
-            float* y, ParallelFor parallel, void* pool) {
+//
+// Each thread has tiles of its own, one at a time, whose sums, and a piece of the columns they are summed over, stay in
+// its cache. A piece is transposed, or computed by the first layer, and then multiplied, panel by panel.
+void layers(const SparseWeights* first, const SparseWeights& w, const Norm* norm, const float* x, int64_t tokens,
+            const float* residual, float* y, ParallelFor parallel, void* pool) {
   if (tokens == 0) return;
   const KernelSet& set = *choice().set;
-  const int64_t K = first ? first->K : w.K;
-  const int64_t panels = panels_of(w), first_panels = first ? panels_of(*first) : 0;
-  const int64_t between = first ? w.K : 0;
-  const int64_t sums = std::max<int64_t>(w.panel, first ? first->panel : 0);
-  auto moved = [&](const float* base, int64_t token) { return base ? base + token * w.N : nullptr; };
-
-  if (tokens <= set.row_tokens) {
-    float* hidden = nullptr;
-    if (first) {
-      hidden = shared_memory.floats(tokens * between);
-      if (!hidden) throw std::bad_alloc();
-      run(parallel, pool, first_panels, [&](size_t panel) {
-        float* memory = own_memory.floats(sums);
-        if (!memory) return false;
-        for (int64_t t = 0; t < tokens; ++t)
-          set.row(*first, panel, x + t * K, nullptr, hidden + t * between, memory);
-        return true;
-      });
-    }
-    const float* input = first ? hidden : x;
-    run(parallel, pool, panels, [&](size_t panel) {
-      float* memory = own_memory.floats(sums);
-      if (!memory) return false;
-      for (int64_t t = 0; t < tokens; ++t)
-        set.row(w, panel, input + t * w.K, moved(residual, t), y + t * w.N, memory);
-      return true;
-    });
-    return;
-  }
+  if (tokens <= set.row_tokens) return rows(set, first, w, norm, x, tokens, residual, y, parallel, pool);
 
   const bool grouped = w.group != 1 || (first && first->group != 1);
-  const int most = grouped ? set.vectors_grouped : set.vectors;
-  const Tiles shared_out(tokens, set.width, most, threads());
-  const bool small = shared_out.vectors * set.width * std::max(K, w.K) <= kSmall;
-  const bool own = !small && shared_out.busiest(threads()) * threads() <= kUneven * shared_out.vectors;
-  const Tiles tiles = own ? shared_out : Tiles(tokens, set.width, most, 1);
-  const int64_t largest = (tiles.vectors + tiles.count - 1) / tiles.count * set.width;  // tokens of a tile
-  auto transpose = [&](int64_t tile, int64_t k0, int64_t k1, float* to) {
-    set.transpose(x + tiles.first_token(tile) * K, K, tiles.tokens_of(tile), tiles.vectors_of(tile), k0, k1, to);
-  };
-  auto hidden_panel = [&](int64_t tile, int64_t panel, const float* from, float* to) {
-    const int vectors = tiles.vectors_of(tile);
-    set.accumulate(*first, panel, from, vectors, 0, blocks_of(*first), to, 0, nullptr, nullptr);
-    set.activate(*first, panel, vectors, to);
-  };
+  const Tiles tiles(tokens, set.width, grouped ? set.vectors_grouped : set.vectors);
+  const int64_t largest = divide_up(tiles.vectors, tiles.count) * set.width;  // tokens of a tile
+  const int64_t K = first ? first->K : w.K, panels = panels_of(w);
+  const int64_t unit = first ? std::lcm<int64_t>(w.block, first->panel) : w.block;
+  const int64_t piece = std::min(std::max<int64_t>(kPiece / largest / unit, 1) * unit, w.K);
+  const int64_t pieces = divide_up(w.K, piece);
 
-  if (own) {
-    // A piece of the second layer's columns at a time: tile, piece and sums stay in the cache together.
-    const int64_t step = first ? std::lcm<int64_t>(w.block, first->panel) : w.block;
-    const int64_t piece = std::min(std::max<int64_t>(kPiece / step, 1) * step, w.K);
-    const int64_t input = first ? K : 0;  // without a first layer the piece is all that is transposed at a time
-    run(parallel, pool, tiles.count, [&](size_t tile) {
-      float* from = own_memory.floats((input + piece + w.N) * largest);
-      if (!from) return false;
-      const int vectors = tiles.vectors_of(tile), count = tiles.tokens_of(tile);
-      const int64_t token = tiles.first_token(tile), side = vectors * set.width;
-      float *columns = from + input * largest, *sums = columns + piece * largest;
-      if (first) transpose(tile, 0, K, from);
-      for (int64_t k0 = 0; k0 < w.K; k0 += piece) {
-        const int64_t k1 = std::min(k0 + piece, w.K);
-        const bool last = k1 == w.K;
-        if (first)
-          for (int64_t k = k0; k < k1; k += first->panel)
-            hidden_panel(tile, k / first->panel, from, columns + (k - k0) * side);
-        else
-          transpose(tile, k0, k1, columns);
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          float* own_sums = sums + panel * w.panel * side;
-          set.accumulate(w, panel, columns, vectors, k0 / w.block, (k1 + w.block - 1) / w.block, own_sums, count,
-                         moved(residual, token), last ? y + token * w.N : nullptr);
-          if (last) set.finish(w, panel, own_sums, count, vectors, moved(residual, token), y + token * w.N);
-        }
-      }
-      return true;
-    });
-    return;
-  }
+  // Steps of a tile: with a first layer, the transpose; then two for each piece.
+  const int64_t before = first ? 1 : 0, steps = before + 2 * pieces;
+  const int64_t input = first ? K : 0;                  // columns kept besides a piece
+  const int64_t kept = pieces > 1 ? w.N : 0;            // sums kept from piece to piece
+  const int64_t floats = (input + piece + kept) * largest;
+  const int64_t sequences = std::min({threads(), tiles.count, int64_t{64}});
+  float* memory = shared_memory.floats(sequences * floats);
+  if (!memory) throw std::bad_alloc();
 
-  const int64_t side = tiles.vectors * set.width;
-  float* transposed = shared_memory.floats(side * (K + between));
-  if (!transposed) throw std::bad_alloc();
-  float* hidden = transposed + side * K;
-  const int64_t pieces = (K + kTransposed - 1) / kTransposed;
-  run(parallel, pool, tiles.count * pieces, [&](size_t part) {
-    const int64_t tile = part / pieces, k0 = part % pieces * kTransposed;
-    transpose(tile, k0, std::min(k0 + kTransposed, K),
-              transposed + tiles.first_token(tile) * K + k0 * tiles.vectors_of(tile) * set.width);
-    return true;
-  });
-  // Part -> (tile, panel): tile by tile where a tile fills the cache, else panel by panel.
-  auto split = [&](size_t part, int64_t count) {
-    return small ? std::pair<int64_t, int64_t>(part % tiles.count, part / tiles.count)
-                 : std::pair<int64_t, int64_t>(part / count, part % count);
+  auto first_tile = [&](int64_t sequence) { return sequence * tiles.count / sequences; };
+  auto parts = [&](int64_t sequence, int64_t step) {
+    const int64_t vectors = tiles.vectors_of(first_tile(sequence) + step / steps), half = step % steps - before;
+    if (half < 0) return vectors;
+    const int64_t width = std::min(piece, w.K - half / 2 * piece);
+    return half % 2 ? panels : first ? divide_up(width, first->panel) : vectors;
   };
-  if (first)
-    run(parallel, pool, tiles.count * first_panels, [&](size_t part) {
-      const auto [tile, panel] = split(part, first_panels);
-      hidden_panel(tile, panel, transposed + tiles.first_token(tile) * K,
-                   hidden + tiles.first_token(tile) * between + panel * first->panel * tiles.vectors_of(tile) * set.width);
+  auto compute = [&](int64_t sequence, int64_t step, int64_t part) {
+    const int64_t tile = first_tile(sequence) + step / steps, token = tiles.first_token(tile);
+    const int count = tiles.tokens_of(tile), vectors = tiles.vectors_of(tile);
+    const int64_t side = vectors * set.width;
+    float *from = memory + sequence * floats, *columns = from + input * largest, *kept_sums = columns + piece * largest;
+    auto transpose = [&](int64_t k0, int64_t k1, float* to) {
+      const int64_t begin = part * set.width;
+      set.transpose(x + (token + begin) * K, K, static_cast<int>(std::min<int64_t>(count - begin, set.width)), k0, k1,
+                    norm, to + begin, side);
       return true;
-    });
-  const float* input = first ? hidden : transposed;
-  run(parallel, pool, tiles.count * panels, [&](size_t part) {
-    float* memory = own_memory.floats(w.panel * largest);
-    if (!memory) return false;
-    const auto [tile, panel] = split(part, panels);
-    const int64_t token = tiles.first_token(tile);
-    const int vectors = tiles.vectors_of(tile), count = tiles.tokens_of(tile);
-    set.accumulate(w, panel, input + token * w.K, vectors, 0, blocks_of(w), memory, count, moved(residual, token),
-                   y + token * w.N);
-    set.finish(w, panel, memory, count, vectors, moved(residual, token), y + token * w.N);
+    };
+    step %= steps;
+    if (step < before) return transpose(0, K, from);
+    const int64_t k0 = (step - before) / 2 * piece, k1 = std::min(k0 + piece, w.K);
+    if ((step - before) % 2 == 0) {
+      if (!first) return transpose(k0, k1, columns);
+      const int64_t panel = k0 / first->panel + part;
+      float* to = columns + part * first->panel * side;
+      set.accumulate(*first, panel, from, vectors, 0, blocks_of(*first), to, count, nullptr, nullptr);
+      set.activate(*first, panel, vectors, to);
+      return true;
+    }
+    const bool last = k1 == w.K;
+    float* sums = kept ? kept_sums + part * w.panel * side : own_memory.floats(w.panel * largest);
+    if (!sums) return false;
+    const float* add = residual ? residual + token * w.N : nullptr;
+    set.accumulate(w, part, columns, vectors, k0 / w.block, divide_up(k1, w.block), sums, count, add,
+                   last ? y + token * w.N : nullptr);
+    if (last) set.finish(w, part, sums, count, vectors, add, y + token * w.N);
     return true;
-  });
+  };
+  Schedule<decltype(parts), decltype(compute)> schedule(parts, compute);
+  for (int64_t i = 0; i < sequences; ++i) schedule.add((first_tile(i + 1) - first_tile(i)) * steps);
+  schedule.run(parallel, pool);
 }
 
 }  // namespace
@@ -262,14 +308,14 @@ void layers(const SparseWeights* first, const SparseWeights& w, const float* x, 
 const char* isa() { return choice().set->name; }
 const char* choose_isa() { return choice().refusal; }
 
-void sparse_linear(const SparseWeights& weights, const float* x, int64_t tokens, const float* residual, float* y,
-                   ParallelFor parallel, void* pool) {
-  layers(nullptr, weights, x, tokens, residual, y, parallel, pool);
+void sparse_linear(const SparseWeights& weights, const Norm* norm, const float* x, int64_t tokens,
+                   const float* residual, float* y, ParallelFor parallel, void* pool) {
+  layers(nullptr, weights, norm, x, tokens, residual, y, parallel, pool);
 }
 
-void sparse_mlp(const SparseWeights& first, const SparseWeights& second, const float* x, int64_t tokens,
-                const float* residual, float* y, ParallelFor parallel, void* pool) {
-  layers(&first, second, x, tokens, residual, y, parallel, pool);
+void sparse_mlp(const SparseWeights& first, const SparseWeights& second, const Norm* norm, const float* x,
+                int64_t tokens, const float* residual, float* y, ParallelFor parallel, void* pool) {
+  layers(&first, second, norm, x, tokens, residual, y, parallel, pool);
 }
 
 void attention(const AttentionShape& s, const float* q, const float* k, const float* v, const float* bias, float* out,
@@ -277,7 +323,7 @@ void attention(const AttentionShape& s, const float* q, const float* k, const fl
   if (s.batch == 0 || s.heads == 0 || s.tq == 0 || s.d == 0) return;
   const KernelSet& set = *choice().set;
   const size_t floats = set.head_floats(s);
-  run(parallel, pool, s.batch * s.heads, [&](size_t part) {
+  run(parallel, pool, s.batch * s.heads, [&](int64_t part) {
     const int64_t b = part / s.heads, h = part % s.heads;
     float* memory = own_memory.floats(floats);
     if (!memory) return false;

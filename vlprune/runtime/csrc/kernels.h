@@ -25,18 +25,24 @@ struct SparseWeights {
   const int64_t* offsets;    // [panels * blocks + 1] where a panel's block begins in `indices`; values: group * that
 };
 
+// A LayerNorm before the layer: scale [K], bias [K]; the mean and variance are those of a token's K features.
+struct Norm {
+  const float *scale, *bias;
+  float epsilon;
+};
+
 // Runs fn(data, 0), ..., fn(data, total - 1), in any order, on as many threads as the pool has.
 using ParallelFor = void (*)(void* pool, void (*fn)(void*, size_t), size_t total, void* data);
 
-// y [T, N] = activation(x [T, K] W^T + bias) + residual [T, N]; bias and residual may be null.
+// y [T, N] = activation(norm(x [T, K]) W^T + bias) + residual [T, N]; norm, bias and residual may be null.
 // Throws std::bad_alloc when its working memory, kept per thread from the first call on, cannot be had.
-void sparse_linear(const SparseWeights& weights, const float* x, int64_t tokens, const float* residual, float* y,
-                   ParallelFor parallel, void* pool);
+void sparse_linear(const SparseWeights& weights, const Norm* norm, const float* x, int64_t tokens,
+                   const float* residual, float* y, ParallelFor parallel, void* pool);
 
-// y [T, N] = second(first(x)) + residual, where first.N = second.K and only `first` has an activation: what lies between
+// y [T, N] = second(first(norm(x))) + residual, where first.N = second.K and only `first` has an activation: what lies between
 // stays transposed, and with its thread where there are tokens enough.
-void sparse_mlp(const SparseWeights& first, const SparseWeights& second, const float* x, int64_t tokens,
-                const float* residual, float* y, ParallelFor parallel, void* pool);
+void sparse_mlp(const SparseWeights& first, const SparseWeights& second, const Norm* norm, const float* x,
+                int64_t tokens, const float* residual, float* y, ParallelFor parallel, void* pool);
 
 // Strides are in floats. Heads lie side by side in a row of q (distance d); k and v say where theirs lie.
 struct AttentionShape {

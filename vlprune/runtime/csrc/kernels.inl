@@ -1,14 +1,16 @@
 // The kernels, written once for every instruction set. A file that includes this defines before, in an unnamed
 // namespace (so that the linker never mixes code of two instruction sets):
 //
-//   constexpr int W; Lanes                  floats of a vector; Sequence<0, ..., W - 1>
-//   F                                       vector of W floats;  I: of W int32;  FU: F without alignment
+//   constexpr int W                         floats of a vector; then vectors.inl: F, FU, I, Lanes
 //   struct Quad; Quad quad(const float*), quad(const uint16_t*)   four weights, halves widened
 //   template <int U> F lane(Quad)           weight U in every lane
 //   constexpr int kVectors, kVectorsGrouped, kRowTokens           see KernelSet
 //   constexpr int kChains                   independent additions that keep the processor busy
 //   constexpr int kHeadRows, kHeadVectors   the block of the attention products that fits the registers
+//   constexpr bool kHalves; H, HU           half vectors are half the work; a vector of W / 2 floats, without alignment
+//   H low(F)                                its first half
 //   F at_least(F, float)                    maximum; NaN stays
+//   F within(F x, float most)               x, its magnitude at most that; anything for NaN
 //   F scaled(F p, F n)                      p 2^n for whole n in [-150, 128], infinity and subnormals included
 //   F reciprocal(F)                         1 / x to 2e-7 for normal x whose reciprocal is normal; NaN stays
 //
@@ -49,10 +51,25 @@ inline float widen(uint16_t half) {
 #endif
 }
 
-// e^x to about 1 ulp for x <= 89; infinity, zero and NaN as they should be.
-inline F exponential_below(F x) {
-  x = at_least(x, -104.f);
+// 2^x to about 2 ulp for x <= 128; zero and NaN as they should be.
+inline F power_of_two(F x) {
+  x = at_least(x, -150.f);
   const F magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const F n = (x + magic) - magic;
+  const F r = x - n;
+  // Fitted on [-0.5, 0.5]: relative error 9e-8, with float arithmetic 1.7e-7; 2^0 is 1.
+  F p = r * 1.326472731307149e-3f + 9.671512991189957e-3f;
+  p = p * r + 5.550733581185341e-2f;
+  p = p * r + 2.402224242687225e-1f;
+  p = p * r + 6.931470036506653e-1f;
+  p = p * r + 1.f;
+  return scaled(p, n);
+}
+
+// e^x to about 1 ulp; infinity, zero and NaN as they should be.
+inline F exponential(F x) {
+  x = at_least(-at_least(-x, -89.f), -104.f);
+  const F magic = all(12582912.f);
   const F n = (x * 1.44269504088896341f + magic) - magic;
   const F r = x - n * 0.693145751953125f - n * 1.42860682030941723e-6f;
   F p = all(1.9875691500e-4f);
@@ -63,8 +80,6 @@ inline F exponential_below(F x) {
   p = p * r + 5.0000001201e-1f;
   return scaled(p * r * r + r + 1.f, n);
 }
-
-inline F exponential(F x) { return exponential_below(-at_least(-x, -89.f)); }
 
 inline F activated(F x, int activation) {
   switch (activation) {
@@ -77,8 +92,7 @@ inline F activated(F x, int activation) {
     case kGelu: {
       // x (1 + erf(x / sqrt 2)) / 2. erf(z) / z is a rational function of z^2, fitted on [-3.9, 3.9] (error of erf 1.5e-8,
       // with float arithmetic 1.2e-7); beyond, erf differs from 1 by less than half an ulp.
-      F z = at_least(x * 0.70710678118654752f, -3.9f);
-      z = -at_least(-z, -3.9f);
+      const F z = within(x * 0.70710678118654752f, 3.9f);
       const F u = z * z;
       F p = u * 2.05038452e-6f + 2.87455063e-4f;
       F q = u * 3.82305981e-5f + 1.18171901e-3f;
@@ -103,7 +117,7 @@ inline F activated(F x, int activation) {
 
 // Rows i and i + W/2 are interleaved, log2(W) times: a transposed block.
 template <int... L>
-inline void zip(F a, F b, F* low, F* high, Sequence<L...>) {
+inline void zip(F a, F b, F* low, F* high, std::integer_sequence<int, L...>) {
 #if defined(VLPRUNE_NO_SHUFFLEVECTOR)  // GCC before 12
   *low = __builtin_shuffle(a, b, I{(L / 2 + L % 2 * W)...});
   *high = __builtin_shuffle(a, b, I{(L / 2 + W / 2 + L % 2 * W)...});
@@ -123,50 +137,120 @@ inline void transpose_block(F (&block)[W]) {
   }
 }
 
-// `count` < W floats of a row, zeros after them.
+// `count` <= W floats of a row, zeros after them.
 inline F load_part(const float* p, int64_t count) {
+  if (count == W) return load(p);
   float part[W] = {};
   __builtin_memcpy(part, p, count * sizeof(float));
   return load(part);
 }
 
 inline void store_part(float* p, F v, int64_t count) {
+  if (count == W) return store(p, v);
   float part[W];
   store(part, v);
   __builtin_memcpy(p, part, count * sizeof(float));
 }
 
-void transpose(const float* x, int64_t K, int tokens, int vectors, int64_t k0, int64_t k1, float* tile) {
-  const int side = vectors * W;
-  for (int v = 0; v < vectors; ++v) {
-    const int rows = tokens - v * W < W ? tokens - v * W : W;
-    for (int64_t k = k0; k < k1; k += W) {
-      const int64_t width = least(W, k1 - k);
-      const float* from = x + v * W * K + k;
-      F block[W];
-      if (rows == W && width == W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
-          __builtin_prefetch(from + i * K + kAhead);
-          block[i] = load(from + i * K);
-        }
-      } else {
-        for (int i = 0; i < W; ++i) block[i] = i < rows ? load_part(from + i * K, width) : F{};
-      }
-      transpose_block(block);
-      float* to = tile + (k - k0) * side + v * W;
-      for (int64_t i = 0; i < width; ++i) store(to + i * side, block[i]);
+inline float total(F v) {
+  float sum = 0;
+  for (int i = 0; i < W; ++i) sum += v[i];
+  return sum;
+}
+
+// Mean and 1 / sqrt(variance + epsilon) of each token's K features.
+void moments(const float* x, int64_t K, int tokens, float epsilon, float* mean, float* inverse) {
+  const int64_t whole = K / W * W;
+  for (int t = 0; t < tokens; ++t) {
+    const float* row = x + t * K;
+    F sum[4] = {};
+    for (int64_t k = 0; k < whole; k += W) sum[k / W % 4] += load(row + k);
+    if (whole < K) sum[0] += load_part(row + whole, K - whole);
+    mean[t] = total((sum[0] + sum[1]) + (sum[2] + sum[3])) / K;
+    F squares[4] = {};
+    for (int64_t k = 0; k < whole; k += W) {
+      const F apart = load(row + k) - mean[t];
+      squares[k / W % 4] += apart * apart;
     }
+    float square = total((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    for (int64_t k = whole; k < K; ++k) square += (row[k] - mean[t]) * (row[k] - mean[t]);
+    inverse[t] = 1 / __builtin_sqrtf(square / K + epsilon);
+  }
+}
+
+void normalise(const Norm& norm, const float* x, int64_t K, float* y) {
+  float mean, inverse;
+  moments(x, K, 1, norm.epsilon, &mean, &inverse);
+  for (int64_t k = 0; k < K; k += W) {
+    const int64_t width = least(W, K - k);
+    const F scale = load_part(norm.scale + k, width), bias = load_part(norm.bias + k, width);
+    store_part(y + k, (load_part(x + k, width) - mean) * inverse * scale + bias, width);
+  }
+}
+
+void transpose(const float* x, int64_t K, int tokens, int64_t k0, int64_t k1, const Norm* norm, float* tile,
+               int64_t side) {
+  float mean[W], inverse[W];
+  if (norm) moments(x, K, tokens, norm->epsilon, mean, inverse);
+  for (int64_t k = k0; k < k1; k += W) {
+    const int64_t width = least(W, k1 - k);
+    const float* from = x + k;
+    F block[W];
+    if (tokens == W && width == W) {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        if (!norm) __builtin_prefetch(from + i * K + kAhead);
+        block[i] = load(from + i * K);
+      }
+    } else {
+      for (int i = 0; i < W; ++i) block[i] = i < tokens ? load_part(from + i * K, width) : F{};
+    }
+    if (norm) {
+      const F scale = load_part(norm->scale + k, width), bias = load_part(norm->bias + k, width);
+      for (int i = 0; i < tokens; ++i) block[i] = (block[i] - mean[i]) * inverse[i] * scale + bias;
+    }
+    transpose_block(block);
+    float* to = tile + (k - k0) * side;
+    for (int64_t i = 0; i < width; ++i) store(to + i * side, block[i]);
   }
 }
 
 // --- sparse x dense ---------------------------------------------------------------------------------------------------
 
-template <int NV>
-inline void add_product(F (&sum)[NV], F weight, const float* x) {
+// The sums of one output feature over a tile of NV vectors, in registers; of the last vector only the first half counts
+// where `Half` is true.
+template <int NV, bool Half>
+struct Sums {
+  static constexpr int kFull = NV - Half;
+  F full[kFull > 0 ? kFull : 1];
+  H half;
+
+  void fill(F v) {
 #pragma GCC unroll 16
-  for (int i = 0; i < NV; ++i) sum[i] += weight * load(x + i * W);
-}
+    for (int i = 0; i < kFull; ++i) full[i] = v;
+    if constexpr (Half) half = low(v);
+  }
+  void read(const float* p) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kFull; ++i) full[i] = load(p + i * W);
+    if constexpr (Half) half = *reinterpret_cast<const HU*>(p + kFull * W);
+  }
+  void write(float* p) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < kFull; ++i) store(p + i * W, full[i]);
+    if constexpr (Half) *reinterpret_cast<HU*>(p + kFull * W) = half;
+  }
+  void add_product(F weight, const float* x) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kFull; ++i) full[i] += weight * load(x + i * W);
+    if constexpr (Half) half += low(weight) * *reinterpret_cast<const HU*>(x + kFull * W);
+  }
+  void add(const Sums& other) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kFull; ++i) full[i] += other.full[i];
+    if constexpr (Half) half += other.half;
+  }
+};
 
 // Weights are read once from front to end, but the processor's own prefetching stops at every page, and a weight that is
 // not there stops everything. So as much is fetched as the row takes, one page ahead.
@@ -181,7 +265,7 @@ inline void fetch_weights(const T* values, const uint8_t* indices, int count, in
 // start at the bias. Four weights are loaded at once and spread within registers, because a load that spreads costs as
 // much as a load of x, and loads are what bounds this loop. With few vectors per token tile, the sums of successive
 // weights are kept apart, so that no addition waits for the one before.
-template <int NV, class T>
+template <int NV, bool Half, class T>
 void rows_of_block(const float* tile, float* sums, const T* values, const uint8_t* indices, const uint8_t* rows,
                    const uint16_t* counts, int n, bool first, const float* bias) {
   constexpr int kApart = NV * 4 <= kChains ? 4 : NV * 2 <= kChains ? 2 : 1;
@@ -189,64 +273,60 @@ void rows_of_block(const float* tile, float* sums, const T* values, const uint8_
   for (int r = 0; r < n; ++r) {
     const int row = rows[r];
     float* out = sums + row * side;
-    F sum[kApart][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < NV; ++i) sum[0][i] = first ? all(bias ? at(bias + row) : 0.f) : load(out + i * W);
+    Sums<NV, Half> sum[kApart];
+    if (first)
+      sum[0].fill(all(bias ? at(bias + row) : 0.f));
+    else
+      sum[0].read(out);
 #pragma GCC unroll 4
-    for (int a = 1; a < kApart; ++a)
-#pragma GCC unroll 16
-      for (int i = 0; i < NV; ++i) sum[a][i] = F{};
+    for (int a = 1; a < kApart; ++a) sum[a].fill(F{});
     const int count = at(counts + r);
     fetch_weights(values, indices, count, 1);
     for (const T* end = values + (count & ~3); values != end; values += 4, indices += 4) {
       uint32_t four;
       __builtin_memcpy(&four, indices, 4);
       const Quad w = quad(values);
-      add_product<NV>(sum[0], lane<0>(w), tile + (four & 255) * side);
-      add_product<NV>(sum[1 % kApart], lane<1>(w), tile + (four >> 8 & 255) * side);
-      add_product<NV>(sum[2 % kApart], lane<2>(w), tile + (four >> 16 & 255) * side);
-      add_product<NV>(sum[3 % kApart], lane<3>(w), tile + (four >> 24) * side);
+      sum[0].add_product(lane<0>(w), tile + (four & 255) * side);
+      sum[1 % kApart].add_product(lane<1>(w), tile + (four >> 8 & 255) * side);
+      sum[2 % kApart].add_product(lane<2>(w), tile + (four >> 16 & 255) * side);
+      sum[3 % kApart].add_product(lane<3>(w), tile + (four >> 24) * side);
     }
     for (int rest = count & 3; rest; --rest, ++values, ++indices)
-      add_product<NV>(sum[0], all(widen(at(values))), tile + *indices * side);
-#pragma GCC unroll 16
-    for (int i = 0; i < NV; ++i) {
-      F total = sum[0][i];
+      sum[0].add_product(all(widen(at(values))), tile + *indices * side);
 #pragma GCC unroll 4
-      for (int a = 1; a < kApart; ++a) total += sum[a][i];
-      store(out + i * W, total);
-    }
+    for (int a = 1; a < kApart; ++a) sum[0].add(sum[a]);
+    sum[0].write(out);
   }
 }
 
 // The same for groups of four rows that share their columns: a load of x serves all four.
-template <int NV, class T>
+template <int NV, bool Half, class T>
 void groups_of_block(const float* tile, float* sums, const T* values, const uint8_t* indices, const uint8_t* groups,
                      const uint16_t* counts, int n, bool first, const float* bias) {
   constexpr int64_t side = NV * W;
   for (int r = 0; r < n; ++r) {
     const int row = 4 * groups[r];
     float* out = sums + row * side;
-    F sum[4][NV];
+    Sums<NV, Half> sum[4];
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g)
-#pragma GCC unroll 16
-      for (int i = 0; i < NV; ++i)
-        sum[g][i] = first ? all(bias ? at(bias + row + g) : 0.f) : load(out + g * side + i * W);
+    for (int g = 0; g < 4; ++g) {
+      if (first)
+        sum[g].fill(all(bias ? at(bias + row + g) : 0.f));
+      else
+        sum[g].read(out + g * side);
+    }
     const int count = at(counts + r);
     fetch_weights(values, indices, count, 4);
     for (const uint8_t* end = indices + count; indices != end; ++indices, values += 4) {
       const float* x = tile + *indices * side;
       const Quad w = quad(values);
-      add_product<NV>(sum[0], lane<0>(w), x);
-      add_product<NV>(sum[1], lane<1>(w), x);
-      add_product<NV>(sum[2], lane<2>(w), x);
-      add_product<NV>(sum[3], lane<3>(w), x);
+      sum[0].add_product(lane<0>(w), x);
+      sum[1].add_product(lane<1>(w), x);
+      sum[2].add_product(lane<2>(w), x);
+      sum[3].add_product(lane<3>(w), x);
     }
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g)
-#pragma GCC unroll 16
-      for (int i = 0; i < NV; ++i) store(out + g * side + i * W, sum[g][i]);
+    for (int g = 0; g < 4; ++g) sum[g].write(out + g * side);
   }
 }
 
@@ -284,13 +364,14 @@ void finish(const SparseWeights& w, int64_t panel, const float* sums, int tokens
   }
 }
 
-// What a panel's outputs will need, fetched while its sums are computed; y is null when they are not for y.
+// How many tokens a tile has, and what a panel's outputs will need, fetched while its sums are computed; y is null when
+// they are not for y.
 struct Later {
   int64_t tokens;
   const float *residual, *y;
 };
 
-template <int NV, class T>
+template <int NV, bool Half, class T>
 void accumulate_as(const SparseWeights& w, int64_t panel, const float* tile, int64_t b0, int64_t b1, const Later& later,
                    float* sums) {
   const int64_t blocks = (w.K + w.block - 1) / w.block, n0 = panel * w.panel;
@@ -309,12 +390,19 @@ void accumulate_as(const SparseWeights& w, int64_t panel, const float* tile, int
       }
     if constexpr (NV <= kVectorsGrouped) {
       if (w.group == 4) {
-        groups_of_block<NV, T>(x, sums, values, w.indices + start, w.rows + list, w.counts + list, n, b == 0, bias);
+        groups_of_block<NV, Half, T>(x, sums, values, w.indices + start, w.rows + list, w.counts + list, n, b == 0, bias);
         continue;
       }
     }
-    rows_of_block<NV, T>(x, sums, values, w.indices + start, w.rows + list, w.counts + list, n, b == 0, bias);
+    rows_of_block<NV, Half, T>(x, sums, values, w.indices + start, w.rows + list, w.counts + list, n, b == 0, bias);
   }
+}
+
+template <int NV, bool Half>
+void accumulate_in(const SparseWeights& w, int64_t panel, const float* tile, int64_t b0, int64_t b1, const Later& later,
+                   float* sums) {
+  return w.half ? accumulate_as<NV, Half, uint16_t>(w, panel, tile, b0, b1, later, sums)
+                : accumulate_as<NV, Half, float>(w, panel, tile, b0, b1, later, sums);
 }
 
 template <int NV>
@@ -322,8 +410,9 @@ void accumulate_for(const SparseWeights& w, int64_t panel, const float* tile, in
                     const Later& later, float* sums) {
   if constexpr (NV > 0) {
     if (vectors != NV) return accumulate_for<NV - 1>(w, panel, tile, vectors, b0, b1, later, sums);
-    return w.half ? accumulate_as<NV, uint16_t>(w, panel, tile, b0, b1, later, sums)
-                  : accumulate_as<NV, float>(w, panel, tile, b0, b1, later, sums);
+    if (kHalves && later.tokens <= NV * W - W / 2)
+      return accumulate_in<NV, kHalves>(w, panel, tile, b0, b1, later, sums);
+    return accumulate_in<NV, false>(w, panel, tile, b0, b1, later, sums);
   }
 }
 
@@ -456,12 +545,6 @@ void product(int64_t rows, const float* a, int64_t lda, const float* b, int64_t 
   }
 }
 
-inline float total(F v) {
-  float sum = 0;
-  for (int i = 0; i < W; ++i) sum += v[i];
-  return sum;
-}
-
 inline float highest(F v) {
   float high = v[0];
   for (int i = 1; i < W; ++i) high = v[i] > high ? v[i] : high;
@@ -480,7 +563,7 @@ float softmax(float* scores, int64_t tk, int64_t vectors) {
   const F most = all(highest(high));
   F sum = F{};
   for (int64_t i = 0; i < vectors; ++i) {
-    const F e = exponential_below(load(scores + i * W) - most);
+    const F e = power_of_two((load(scores + i * W) - most) * 1.44269504088896341f);
     store(scores + i * W, e);
     sum += e;
   }

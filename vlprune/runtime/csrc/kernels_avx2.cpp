@@ -2,21 +2,23 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <utility>
+
 #include "kernel_set.h"
 
 namespace vlprune {
 namespace {
 
 constexpr int W = 8;
-typedef float F __attribute__((vector_size(32)));
-typedef float FU __attribute__((vector_size(32), aligned(1), may_alias));
-typedef int32_t I __attribute__((vector_size(32), may_alias));
-template <int...>
-struct Sequence {};
-using Lanes = Sequence<0, 1, 2, 3, 4, 5, 6, 7>;
+#include "vectors.inl"
+using H = F;  // halves cost what wholes do
+using HU = FU;
 
 constexpr int kVectors = 8, kVectorsGrouped = 2, kRowTokens = 2, kChains = 8;
 constexpr int kHeadRows = 6, kHeadVectors = 2;
+
+constexpr bool kHalves = false;
+inline H low(F v) { return v; }
 
 struct Quad {
   __m256 v;
@@ -32,6 +34,9 @@ inline F lane(Quad w) {
 }
 
 inline F at_least(F x, float low) { return _mm256_max_ps(_mm256_set1_ps(low), x); }
+inline F within(F x, float most) {
+  return _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-most)), _mm256_set1_ps(most));
+}
 inline F scaled(F p, F n) {
   const I whole = (I)_mm256_cvtps_epi32(n), half = whole >> 1;  // 2^n may be no normal number: two factors
   return p * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
@@ -45,7 +50,7 @@ inline F reciprocal(F x) {
 
 }  // namespace
 
-const KernelSet kAvx2 = {"avx2", W, kVectors, kVectorsGrouped, kRowTokens, transpose,
+const KernelSet kAvx2 = {"avx2", W, kVectors, kVectorsGrouped, kRowTokens, normalise, transpose,
     accumulate, activate, finish, row, head, head_floats};
 
 }  // namespace vlprune

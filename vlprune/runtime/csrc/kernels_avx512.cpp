@@ -2,20 +2,21 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <utility>
+
 #include "kernel_set.h"
 
 namespace vlprune {
 namespace {
 
 constexpr int W = 16;
-typedef float F __attribute__((vector_size(64)));
-typedef float FU __attribute__((vector_size(64), aligned(1), may_alias));
-typedef int32_t I __attribute__((vector_size(64), may_alias));
-template <int...>
-struct Sequence {};
-using Lanes = Sequence<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#include "vectors.inl"
+typedef float H __attribute__((vector_size(32)));
+typedef float HU __attribute__((vector_size(32), aligned(1), may_alias));
 
-constexpr int kVectors = 4, kVectorsGrouped = 4, kRowTokens = 3, kChains = 4;
+constexpr int kVectors = 4, kVectorsGrouped = 4, kRowTokens = 3, kChains = 8;
+constexpr bool kHalves = true;
+inline H low(F v) { return _mm512_castps512_ps256(v); }
 constexpr int kHeadRows = 6, kHeadVectors = 4;
 
 struct Quad {
@@ -31,6 +32,7 @@ inline F lane(Quad w) {
 }
 
 inline F at_least(F x, float low) { return _mm512_max_ps(_mm512_set1_ps(low), x); }
+inline F within(F x, float most) { return _mm512_range_ps(x, _mm512_set1_ps(most), 2); }  // least magnitude, sign of x
 inline F scaled(F p, F n) { return _mm512_scalef_ps(p, n); }
 inline F reciprocal(F x) {
   const F r = _mm512_rcp14_ps(x);
@@ -41,7 +43,7 @@ inline F reciprocal(F x) {
 
 }  // namespace
 
-const KernelSet kAvx512 = {"avx512", W, kVectors, kVectorsGrouped, kRowTokens, transpose,
+const KernelSet kAvx512 = {"avx512", W, kVectors, kVectorsGrouped, kRowTokens, normalise, transpose,
     accumulate, activate, finish, row, head, head_floats};
 
 }  // namespace vlprune

@@ -1,16 +1,15 @@
 // Any processor the compiler knows: 4 floats by vector extensions (SSE2, NEON).
+#include <utility>
+
 #include "kernel_set.h"
 
 namespace vlprune {
 namespace {
 
 constexpr int W = 4;
-typedef float F __attribute__((vector_size(16)));
-typedef float FU __attribute__((vector_size(16), aligned(1), may_alias));
-typedef int32_t I __attribute__((vector_size(16), may_alias));
-template <int...>
-struct Sequence {};
-using Lanes = Sequence<0, 1, 2, 3>;
+#include "vectors.inl"
+using H = F;  // halves cost what wholes do
+using HU = FU;
 
 #if defined(__aarch64__)  // 32 registers
 constexpr int kVectors = 16, kVectorsGrouped = 4, kRowTokens = 1, kChains = 16;
@@ -19,6 +18,9 @@ constexpr int kHeadRows = 6, kHeadVectors = 4;
 constexpr int kVectors = 8, kVectorsGrouped = 2, kRowTokens = 1, kChains = 8;
 constexpr int kHeadRows = 6, kHeadVectors = 2;
 #endif
+
+constexpr bool kHalves = false;
+inline H low(F v) { return v; }
 
 struct Quad {
   F v;
@@ -40,6 +42,10 @@ inline F lane(Quad w) {
 }
 
 inline F at_least(F x, float low) { return (F{} + low) > x ? F{} + low : x; }
+inline F within(F x, float most) {
+  x = x > most ? F{} + most : x;
+  return x < -most ? F{} - most : x;
+}
 inline F scaled(F p, F n) {
   const I whole = __builtin_convertvector(n, I), half = whole >> 1;  // 2^n may be no normal number: two factors
   return p * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
@@ -50,7 +56,7 @@ inline F reciprocal(F x) { return 1.f / x; }
 
 }  // namespace
 
-const KernelSet kPortable = {"portable", W, kVectors, kVectorsGrouped, kRowTokens, transpose,
+const KernelSet kPortable = {"portable", W, kVectors, kVectorsGrouped, kRowTokens, normalise, transpose,
     accumulate, activate, finish, row, head, head_floats};
 
 }  // namespace vlprune

@@ -438,6 +438,35 @@ int64_t features(const Node& node, const char* name) {
   return node.integer(name, 1, std::numeric_limits<int64_t>::max());
 }
 
+// The LayerNorm before a layer: inputs `first` (scale) and the one after it (bias), both or none, and an attribute.
+class LayerNorm {
+ public:
+  enum Input : size_t { kScale, kBias, kInputs };
+
+  LayerNorm(const Node& node, size_t first, int64_t features) : given_(node.has(first + kScale)) {
+    if (given_ != node.has(first + kBias))
+      refuse(kInvalidGraph, "inputs norm_scale and norm_bias must be both given or both left out");
+    if (!given_) return;
+    const char* names[] = {"norm_scale", "norm_bias"};
+    const float* vectors[kInputs];
+    for (size_t i = 0; i < kInputs; ++i) {
+      const Tensor tensor = node.constant(first + i, names[i], kFloat);
+      if (tensor.shape.dims[0] != features)
+        refuse(kInvalidGraph, "input %s has %lld elements, must have %lld", names[i],
+               static_cast<long long>(tensor.shape.dims[0]), static_cast<long long>(features));
+      vectors[i] = tensor.floats();
+    }
+    norm_ = {vectors[kScale], vectors[kBias], node.number("norm_epsilon")};
+    if (norm_.epsilon < 0) refuse(kInvalidGraph, "attribute norm_epsilon is negative");
+  }
+
+  const Norm* get() const { return given_ ? &norm_ : nullptr; }
+
+ private:
+  bool given_;
+  Norm norm_{};
+};
+
 // Reads x and the residual, makes y; calls compute(x, tokens, residual, y) when there are tokens.
 template <class Compute>
 void run_layers(Run& run, int64_t K, int64_t N, size_t residual_input, bool has_residual, const Compute& compute) {
@@ -466,24 +495,31 @@ void run_layers(Run& run, int64_t K, int64_t N, size_t residual_input, bool has_
 class SparseLinear {
  public:
   static constexpr const char* kName = "SparseLinear";
-  enum Input : size_t { kX, kWeights, kResidual = kWeights + Weights::kInputs, kInputs };
+  enum Input : size_t {
+    kX,
+    kWeights,
+    kResidual = kWeights + Weights::kInputs,
+    kNorm,
+    kInputs = kNorm + LayerNorm::kInputs
+  };
 
   static int input_type(size_t index) {
-    return index == kX || index == kResidual ? static_cast<int>(kFloat) : Weights::input_type(index - kWeights);
+    return index == kX || index >= kResidual ? static_cast<int>(kFloat) : Weights::input_type(index - kWeights);
   }
   static int characteristic(size_t index) {
-    return index == kWeights + Weights::kBias || index == kResidual ? kOptional : kRequired;
+    return index == kWeights + Weights::kBias || index >= kResidual ? kOptional : kRequired;
   }
 
   explicit SparseLinear(const Node& node)
       : weights_(node, kWeights, "", features(node, "in_features"), features(node, "out_features"),
                  activation_of(node)),
+        norm_(node, kNorm, weights_.K),
         residual_(node.has(kResidual)) {}
 
   void compute(Run& run) const {
     run_layers(run, weights_.K, weights_.N, kResidual, residual_,
                [&](const float* x, int64_t tokens, const float* residual, float* y) {
-                 sparse_linear(weights_, x, tokens, residual, y, Run::parallel, &run);
+                 sparse_linear(weights_, norm_.get(), x, tokens, residual, y, Run::parallel, &run);
                });
   }
 
@@ -491,6 +527,7 @@ class SparseLinear {
 
  private:
   Weights weights_;
+  LayerNorm norm_;
   bool residual_;
 };
 
@@ -503,15 +540,16 @@ class SparseMlp {
     kFirst,
     kSecond = kFirst + Weights::kInputs,
     kResidual = kSecond + Weights::kInputs,
-    kInputs
+    kNorm,
+    kInputs = kNorm + LayerNorm::kInputs
   };
 
   static int input_type(size_t index) {
-    return index == kX || index == kResidual ? static_cast<int>(kFloat)
+    return index == kX || index >= kResidual ? static_cast<int>(kFloat)
                                              : Weights::input_type((index - kFirst) % Weights::kInputs);
   }
   static int characteristic(size_t index) {
-    return index == kFirst + Weights::kBias || index == kSecond + Weights::kBias || index == kResidual ? kOptional
+    return index == kFirst + Weights::kBias || index == kSecond + Weights::kBias || index >= kResidual ? kOptional
                                                                                                        : kRequired;
   }
 
@@ -519,6 +557,7 @@ class SparseMlp {
       : first_(node, kFirst, "", features(node, "in_features"), features(node, "hidden_features"),
                activation_of(node)),
         second_(node, kSecond, "hidden_", first_.N, features(node, "out_features"), kNone),
+        norm_(node, kNorm, first_.K),
         residual_(node.has(kResidual)) {}
 
   void compute(Run& run) const {
@@ -526,7 +565,7 @@ class SparseMlp {
                [&](const float* x, int64_t tokens, const float* residual, float* y) {
                  // No tensor is as large as what lies between: nothing else has told that its size is a number.
                  times(times(tokens + 63, first_.K + first_.N), sizeof(float));
-                 sparse_mlp(first_, second_, x, tokens, residual, y, Run::parallel, &run);
+                 sparse_mlp(first_, second_, norm_.get(), x, tokens, residual, y, Run::parallel, &run);
                });
   }
 
@@ -534,6 +573,7 @@ class SparseMlp {
 
  private:
   Weights first_, second_;
+  LayerNorm norm_;
   bool residual_;
 };
 
