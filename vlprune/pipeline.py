@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vlprune import names
 from vlprune.data import CAPTION_SOURCES, IMAGE_SOURCES, accepted, accepted_by
 from vlprune.errors import MachineError, RequestError
-from vlprune.models import MODELS
+from vlprune.models import FAMILIES, MODELS
 from vlprune.pruning import get_method
 from vlprune.pruning.budgets import checked_ratio
 from vlprune.pruning.patterns import Pattern
@@ -428,7 +428,8 @@ def _recipe(
     _check_choices(ratios, method, pattern, [*data, *(tasks or [])])
     if info and info.kind == "embedded":
         calibration = calibration or "scenes"
-        data = dict.fromkeys(tasks or info.tasks, "scenes") | data
+        offered = FAMILIES[names.check("family", family or info.family, FAMILIES)].tasks
+        data = dict.fromkeys(tasks or offered, "scenes") | data
     _check_sources(model, calibration, data)
     if get_method(method).needs and not calibration:
         what = f"{CAPTION_SOURCES}; for a model that reads no text, {IMAGE_SOURCES}"
