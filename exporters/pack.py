@@ -1,10 +1,10 @@
 """Rewrite a plain ONNX graph so that it stores and multiplies only the weights that are left, and back.
 
 `pack` replaces each Linear that is sparse enough by one vlprune.SparseLinear, which takes the LayerNorm before it, the
-bias, the activation and the residual with it, and each attention by one vlprune.Attention; everything else stays as it is. Linears that give
-the query, key and value of one attention become one node, and so do two of which only the second reads the first
-(vlprune.SparseMlp). `unpack` writes standard operators again, with the weights under their names: exactly those packed
-as fp32, the rounded ones of fp16.
+bias, the activation and the residual with it, and each attention by one vlprune.Attention; everything else stays as it
+is. Linears that give the query, key and value of one attention become one node, and so do two of which only the second
+reads the first (vlprune.SparseMlp). `unpack` writes standard operators again, with the weights under their names:
+exactly those packed as fp32, the rounded ones of fp16.
 
 Only onnx and numpy are imported here.
 """
