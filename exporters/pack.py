@@ -24,9 +24,10 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from vlprune.errors import RequestError
-from vlprune.exporters.fusion import DOMAIN, Attention, Linear, Nodes, attributes, reads
+from vlprune.exporters.fusion import Attention, Linear, Nodes, attributes, reads
 from vlprune.exporters.layout import Arrays, beyond_half, choose, decode, encode
 from vlprune.exporters.simplify import TRANSPOSED
+from vlprune.runtime.operators import DOMAIN
 
 
 __all__ = ["THRESHOLDS", "decode", "encode", "is_packed", "load", "pack", "resolve_target", "save", "unpack"]
