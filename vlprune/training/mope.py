@@ -56,7 +56,7 @@ class MopeOptions:
     pairs: int = 50
     groups: int = 8
     neurons: int | None = None
-    candidates: int = 4
+    candidates: int = 3
     batch_size: int = 16
     seed: int = 0
 
