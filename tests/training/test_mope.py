@@ -159,6 +159,12 @@ def test_errors_of_clip_equal_evaluations_without_caches(small_clip, data):
     check_against_brute_force(small_clip, data, OPTIONS, found)
 
 
+def test_errors_of_clip_tiny_equal_evaluations_without_caches(data):
+    model = load("clip-tiny", family=None, image_size=None, seed=0)
+    found = measure(model, data, OPTIONS)
+    check_against_brute_force(model, data, OPTIONS, found, every=2)
+
+
 def test_evaluations_run_only_what_comes_after_the_change(whole, data, monkeypatch):
     evaluation = Evaluation(whole, data, OPTIONS)
     ran = []
