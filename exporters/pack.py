@@ -260,11 +260,8 @@ class _Packer:
             if node.domain != DOMAIN or node.op_type not in _NORM:
                 continue
             norm = self.graph.layer_norm(node.input[0])
-            if (
-                norm is None
-                or self.graph.only_reader(node.input[0]) is not node
-                or list(node.input).count(node.input[0]) > 1
-            ):
+            alone = self.graph.only_reader(node.input[0]) is node and list(node.input).count(node.input[0]) == 1
+            if norm is None or not alone:
                 continue
             new = NodeProto()
             new.CopyFrom(node)

@@ -45,7 +45,7 @@ def cut(model: Model, plan: Plan) -> None:
     groups, towers = model.groups(), model.towers()
     check_plan(plan, groups, towers)
     parameters: dict[tuple[int, int], nn.Parameter] = {}  # old one and dimension -> new one, for all that share it
-    old: list[nn.Parameter] = []  # alive as long as their ids are used
+    old: list[Tensor] = []  # alive as long as their ids are used
     for group in groups:
         if not plan.keeps(group) or plan.shape(group) == group.shape:
             continue
@@ -105,7 +105,7 @@ def _rows(group: Group, kept: Tensor) -> dict[nn.Linear, Tensor]:
 
 
 def _selected(
-    parameter: nn.Parameter, dim: int, index: Tensor, known: dict[tuple[int, int], nn.Parameter]
+    parameter: Tensor, dim: int, index: Tensor, known: dict[tuple[int, int], nn.Parameter]
 ) -> nn.Parameter:
     key = (id(parameter), dim)
     if key not in known:
