@@ -10,6 +10,9 @@ def compress(
     ratio: o.Ratio = o.RATIOS,
     method: o.Method = "multiflow",
     pattern: o.Pattern = "unstructured",
+    round_widths: o.RoundWidths = True,
+    mope_stage: o.MopeStage = None,
+    mope_pairs: o.MopePairs = None,
     family: o.Family = None,
     calibration: o.Calibration = None,
     calibration_samples: o.CalibrationSamples = None,
@@ -20,6 +23,7 @@ def compress(
     epochs: o.Epochs = None,
     lr: o.LearningRate = None,
     batch_size: o.BatchSize = None,
+    distill: o.Distill = None,
     image_size: o.ImageSize = None,
     export: o.Export = "none",
     pack: o.Pack = "none",
@@ -43,6 +47,7 @@ def compress(
     \b
     Examples:
       vlprune compress blip-tiny --ratio 0.9 --export onnx --pack sparse --output run
+      vlprune compress blip-tiny --method mope --ratio 0.5 --export onnx --output run
       vlprune compress blip --ratio 0.63,0.75,0.9 --calibration cc3m.json --data retrieval=train.json,test.json -o run
     """
     data_of = o.sources(data)
@@ -55,6 +60,8 @@ def compress(
         ratios=list(ratio),
         method=method,
         pattern=pattern,
+        round_widths=round_widths,
+        mope=o.mope(stage=mope_stage, pairs=mope_pairs),
         family=family,
         calibration=calibration,
         calibration_samples=calibration_samples,
@@ -65,6 +72,7 @@ def compress(
         epochs=epochs,
         lr=lr,
         batch_size=batch_size,
+        distill=None if distill is None else list(distill),
         image_size=image_size,
         export=None if export == "none" else export,
         providers=list(provider),

@@ -12,9 +12,12 @@ def methods(json: o.Json = False) -> None:
       vlprune methods
     """
     from vlprune.pruning import METHODS
+    from vlprune.structured import STRUCTURED
 
     rows = [
-        {"name": name, "needs": ", ".join(sorted(method.needs)), "summary": method.summary, "paper": method.paper}
-        for name, method in METHODS.items()
+        {"name": name, "removes": removes, "needs": needs, "summary": method.summary, "paper": method.paper}
+        for removes, methods in (("weights", METHODS), ("units", STRUCTURED))
+        for name, method in methods.items()
+        for needs in (", ".join(sorted(method.needs)),)
     ]
     show(rows, json)

@@ -122,6 +122,33 @@ def parse_sizes(text: str | Sizes) -> Sizes:
     return Sizes(int(part) for part in parts)
 
 
+class Weights(tuple[float, ...]):
+    """Weights of losses from a comma list; empty = no distillation."""
+
+
+def parse_distill(text: str) -> Weights:
+    """Parse `--distill`.
+
+    Args:
+        text: three numbers, or "none".
+
+    Returns:
+        Weights: of the similarity, feature and hidden losses.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if text == "none":
+        return Weights()
+    weights = Weights(_number(part) for part in text.split(","))
+    if len(weights) != 3 or not all(0 <= weight < math.inf for weight in weights):
+        raise RequestError(
+            f"--distill {text!r} is not three numbers of 0 or more, or none: give the weights of the similarity, "
+            "feature and hidden losses, as in 1,1000,1"
+        )
+    return weights
+
+
 def parse_seconds(text: str) -> float:
     """Parse `--seconds`.
 
@@ -329,6 +356,18 @@ def check_output(path: Path) -> Path:
     return path
 
 
+def mope(**chosen: int | str | None) -> dict[str, int | str] | None:
+    """Gather the options of mope that were given.
+
+    Args:
+        **chosen: by name, None = not given.
+
+    Returns:
+        dict[str, int | str] | None: None when none was.
+    """
+    return {name: value for name, value in chosen.items() if value is not None} or None
+
+
 def _complete_model(incomplete: str) -> list[str]:
     from vlprune.models import names as aliases
 
@@ -382,6 +421,34 @@ Method = Annotated[
 ]
 Pattern = Annotated[
     str, typer.Option("--pattern", parser=parse_pattern, help="unstructured, n:m, or rxc blocks.", metavar="PATTERN")
+]
+RoundWidths = Annotated[
+    bool,
+    typer.Option(
+        "--round-widths/--no-round-widths", help="Structured methods: leave widths that are multiples of 8, or any."
+    ),
+]
+MopeStage = Annotated[
+    Literal["pretraining", "task"] | None,
+    typer.Option(
+        "--mope-stage",
+        help="mope: measure the model as given (pretraining, the default), or fine-tuned for each task.",
+        show_default=False,
+    ),
+]
+MopePairs = Annotated[
+    int | None,
+    typer.Option("--mope-pairs", min=2, metavar="N", help="mope: evaluate on N images with captions; default 50."),
+]
+Distill = Annotated[
+    Weights | None,
+    typer.Option(
+        "--distill",
+        parser=parse_distill,
+        metavar="S,F,H",
+        help="Structured methods: fine-tune for retrieval to resemble the dense model, with these weights of the "
+        "similarity, feature and hidden losses, or none; default 1,1000,1 for mope, none for the others.",
+    ),
 ]
 Family = Annotated[str | None, typer.Option("--family", help="Model family of an original .pth file, as in blip.")]
 Calibration = Annotated[

@@ -14,9 +14,11 @@ from vlprune.pruning import get_method
 from vlprune.pruning.budgets import checked_ratio
 from vlprune.pruning.patterns import Pattern
 from vlprune.report.manifest import write_manifest
-from vlprune.run import UNPACKED, Run
+from vlprune.run import OLDER, Run
 from vlprune.runtime import operators
 from vlprune.runtime.session import check_provider
+from vlprune.structured import STRUCTURED
+from vlprune.structured.plan import PATTERN
 
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ def compress(
     ratios: list[float],
     method: str = "multiflow",
     pattern: str = "unstructured",
+    round_widths: bool = True,
+    mope: dict[str, Any] | None = None,
     family: str | None = None,
     calibration: str | None = None,
     calibration_samples: int | None = None,
@@ -44,6 +48,7 @@ def compress(
     epochs: int | None = None,
     lr: float | None = None,
     batch_size: int | None = None,
+    distill: list[float] | None = None,
     image_size: int | None = None,
     export: str | None = None,
     providers: list[str] | None = None,
@@ -65,8 +70,11 @@ def compress(
         model: alias, hub id, folder or `.pth` file.
         output: run directory.
         ratios: fractions of the prunable weights to remove, in (0, 1).
-        method: a name of `vlprune.pruning.METHODS`.
-        pattern: "unstructured", "n:m" or "rxc".
+        method: a name of `vlprune.pruning.METHODS` (masks) or `vlprune.structured.STRUCTURED` (whole units go).
+        pattern: of masks: "unstructured", "n:m" or "rxc".
+        round_widths: structured methods leave widths that are multiples of 8.
+        mope: what mope measures: "stage" ("pretraining": the model as given; "task": fine-tuned for each task) and
+            numbers of `vlprune.training.mope.MopeOptions`; None = the defaults.
         family: of a `.pth` file.
         calibration: images for the one calibration pass, with captions unless the model reads no text; the embedded
             scenes for embedded models only.
@@ -78,6 +86,9 @@ def compress(
         epochs: of fine-tuning.
         lr: peak learning rate of fine-tuning.
         batch_size: of fine-tuning; a smaller one than 32 also holds for calibration and evaluation.
+        distill: weights of similarity, feature and hidden losses, by which models pruned by a structured method are
+            fine-tuned for retrieval to resemble the dense one (`vlprune.training.distill`); [] = no distillation;
+            None = what belongs to the method: 1, 1000, 1 for mope, none for the others.
         image_size: pixels; position embeddings are interpolated.
         export: "onnx" or None.
         providers: ONNX Runtime providers to validate and time on.
@@ -109,7 +120,9 @@ def compress(
         "bench_batches": bench_batches or [1, 8],
         "samples": samples,
     }
+    recipe |= _structured_recipe(method, round_widths, mope, distill)
     recipe |= _pack_recipe(pack, values, target, pack_threshold)
+    _check_packing(method, pack)
     if pack != "none" and not export:
         raise RequestError(f"--pack {pack} packs ONNX graphs: add --export onnx")
     for provider in recipe["providers"]:
@@ -131,6 +144,8 @@ def prune(
     ratios: list[float],
     method: str = "multiflow",
     pattern: str = "unstructured",
+    round_widths: bool = True,
+    mope: dict[str, Any] | None = None,
     family: str | None = None,
     calibration: str | None = None,
     calibration_samples: int | None = None,
@@ -150,6 +165,8 @@ def prune(
         ratios: see `compress`.
         method: see `compress`.
         pattern: see `compress`.
+        round_widths: see `compress`.
+        mope: see `compress`.
         family: see `compress`.
         calibration: see `compress`.
         calibration_samples: see `compress`.
@@ -175,8 +192,11 @@ def prune(
         "providers": ["cpu"],
         "bench_batches": [1, 8],
         "samples": None,
-        **UNPACKED,
+        **OLDER,
+        **_structured_recipe(method, round_widths, mope, None),
     }
+    if "training" in _needs(method) or recipe["mope"].get("stage") == "task":
+        raise RequestError(f"{method} prunes for each task here, while it is trained: use vlprune compress")
     stages = _start(Path(output), recipe, resume)
     _prune(stages)
     return stages.report()
@@ -377,6 +397,8 @@ def _train_and_score(stages: Stages) -> None:
         for variant in stages.variants():
             if variant.finetuned:
                 stages.finetune(variant, task)
+            else:
+                stages.find(variant, task)
             stages.score(variant, task)
 
 
@@ -431,7 +453,7 @@ def _recipe(
         offered = FAMILIES[names.check("family", family or info.family, FAMILIES)].tasks
         data = dict.fromkeys(tasks or offered, "scenes") | data
     _check_sources(model, calibration, data)
-    if get_method(method).needs and not calibration:
+    if _needs(method) & {"input_norm", "captions"} and not calibration:
         what = f"{CAPTION_SOURCES}; for a model that reads no text, {IMAGE_SOURCES}"
         if info:
             what = IMAGE_SOURCES if info.family == "vit" else CAPTION_SOURCES
@@ -457,6 +479,37 @@ def _recipe(
         "seed": seed,
         "skip_broken": skip_broken,
     }
+
+
+def _needs(method: str) -> frozenset[str]:
+    return STRUCTURED[method].needs if method in STRUCTURED else get_method(method).needs
+
+
+def _structured_recipe(
+    method: str, round_widths: bool, mope: dict[str, Any] | None, distill: list[float] | None
+) -> dict[str, Any]:
+    """Check the options of structured methods."""
+    if method not in STRUCTURED:
+        if not round_widths or distill:
+            raise RequestError(f"{method} makes masks: rounded widths and distillation are for structured methods")
+    elif distill and (len(distill) != 3 or not all(0 <= weight < math.inf for weight in distill)):
+        raise RequestError(f"distill {distill}: give three weights of 0 or more (similarity, feature, hidden loss)")
+    if mope and method != "mope":
+        raise RequestError(f"{', '.join(mope)} of mope cannot be chosen for {method}")
+    found: dict[str, Any] = {"round_widths": round_widths, "mope": {}, "distill": distill or None}
+    if method in STRUCTURED:
+        found["pattern"] = PATTERN
+    if method == "mope":
+        found["mope"] = {"stage": "pretraining", "pairs": 50, "groups": 8} | (mope or {})
+        found["distill"] = [1.0, 1000.0, 1.0] if distill is None else found["distill"]
+        if found["mope"]["stage"] not in ("pretraining", "task"):
+            raise RequestError(f"mope has no stage {found['mope']['stage']!r}: choose pretraining or task")
+    return found
+
+
+def _check_packing(method: str, pack: str) -> None:
+    if method in STRUCTURED and pack != "none":
+        raise RequestError(f"--pack {pack} packs zeros, and {method} leaves none: its graphs are small as they are")
 
 
 def _finetune_recipe(mode: str, max_steps: int | None, epochs: int | None, lr: float | None) -> dict[str, Any]:
@@ -486,9 +539,12 @@ def _check_operators(recipe: dict[str, Any]) -> None:
 def _check_choices(ratios: list[float], method: str, pattern: str, tasks: list[str]) -> None:
     if not ratios or len({checked_ratio(ratio) for ratio in ratios}) < len(ratios):
         raise RequestError(f"ratios {ratios} must name at least one, and none twice")
+    names.check("method", method, names.METHODS)
+    if method in STRUCTURED and pattern not in ("unstructured", PATTERN):
+        raise RequestError(f"pattern {pattern} is for masks, and {method} removes whole units: leave --pattern out")
     for ratio in ratios:
-        Pattern.parse(pattern).check_ratio(ratio)
-    get_method(method)
+        if method not in STRUCTURED:
+            Pattern.parse(pattern).check_ratio(ratio)
     for task in tasks:
         names.check("task", task, names.TASKS)
 
@@ -553,6 +609,7 @@ def _reopen(
     if needs_data and not recipe["data"]:
         raise RequestError(f"{folder} was pruned without data: give --data TASK=PATH; {accepted_by(names.TASKS)}")
     chosen = [*recipe["data"], *(recipe["tasks"] or [])]
+    _check_packing(recipe["method"], recipe["pack"])
     _check_choices(recipe["ratios"], recipe["method"], recipe["pattern"], chosen)
     _check_sources(recipe["model"], recipe["calibration"], recipe["data"])
     stages = _set_up(run)

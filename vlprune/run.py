@@ -32,7 +32,7 @@ from vlprune.report.schema import SCHEMA_VERSION, validate_report
 
 ROWS = ("variants", "metrics", "graphs", "throughput")
 KINDS = (  # in the order of the report
-    "statistics", "prune", "checkpoint", "finetune", "score", "export", "pack", "validate", "bench",
+    "statistics", "measure", "prune", "checkpoint", "finetune", "score", "export", "pack", "validate", "bench",
 )  # fmt: skip
 RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later verbs find it
     "model": str,
@@ -59,8 +59,14 @@ RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later
     "values": str,
     "target": str,
     "pack_threshold": float | None,
+    "round_widths": bool,
+    "mope": dict,
+    "distill": list | None,
 }
-UNPACKED = {"pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None}  # what older recipes leave out
+OLDER: dict[str, Any] = {  # what older recipes leave out
+    "pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None, "round_widths": True, "mope": {},
+    "distill": None,
+}  # fmt: skip
 OWN = ("stages", "masks", "checkpoints", "onnx", "training", "statistics.safetensors", "report.json", "report.md")
 
 
@@ -147,7 +153,7 @@ class Run:
             RequestError: an option is missing or of the wrong kind.
         """
         path = self.folder / "recipe.yaml"
-        self.recipe = UNPACKED | self.recipe
+        self.recipe = OLDER | self.recipe
         for key, kinds in RECIPE.items():
             if key not in self.recipe:
                 raise RequestError(f"{path} does not tell {key}: prune again")
@@ -279,7 +285,7 @@ class Run:
         for kind in ROWS:
             rows = [row for record in records for row in record["rows"].get(kind, [])]
             if kind == "variants":
-                rows = list({row["id"]: row for row in rows}.values())
+                rows = _merged(rows)
             report[kind] = rows
         report["stages"] = [record["stage"] for record in records]
         report["environment"] = environment(threads)
@@ -289,6 +295,30 @@ class Run:
             temporary.write_text(render_markdown(checked), encoding="utf-8")
         write_manifest(self.folder, self.recipe["seed"])
         return report
+
+
+def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join the rows of a variant: the last counts; one that differs from task to task gets the means over its tasks."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        tasks = {**found.get(row["id"], {}).get("per_task", {}), **row.get("per_task", {})}
+        found[row["id"]] = {**row, "per_task": tasks} if tasks else row
+    for row in found.values():
+        if parts := list(row.get("per_task", {}).values()):
+            row["parameters"] = round(sum(part["parameters"] for part in parts) / len(parts))
+            row["flops"] = {task: count for part in parts for task, count in part["flops"].items()}
+            sparsities = [part["sparsity"] for part in parts]
+            row["sparsity"] = {
+                "achieved": sum(sparsity["achieved"] for sparsity in sparsities) / len(parts),
+                "per_modality": _means([sparsity["per_modality"] for sparsity in sparsities]),
+                "per_layer": _means([sparsity["per_layer"] for sparsity in sparsities]),
+            }
+    return list(found.values())
+
+
+def _means(parts: list[dict[str, float]]) -> dict[str, float]:
+    held = {name: [part[name] for part in parts if name in part] for name in {n: 0 for part in parts for n in part}}
+    return {name: sum(values) / len(values) for name, values in held.items()}
 
 
 def _reset_peaks() -> None:

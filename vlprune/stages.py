@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from vlprune.data import (
 )
 from vlprune.errors import RequestError
 from vlprune.exporters import packed_files
+from vlprune.exporters.flops import flops
 from vlprune.exporters.pack import resolve_target
 from vlprune.files import atomic_path, disk_errors, read_json
 from vlprune.models import load, loading
@@ -48,6 +49,9 @@ from vlprune.report.summary import DYNAMIC
 from vlprune.run import Run
 from vlprune.runtime.session import load_graphs
 from vlprune.runtime.timing import compare
+from vlprune.structured import STRUCTURED
+from vlprune.structured.plan import PATTERN
+from vlprune.structured_stages import Structured
 from vlprune.tasks import evaluate
 from vlprune.training.finetune import FinetuneOptions, finetune
 
@@ -128,7 +132,9 @@ class Stages:
                 must be there.
             data: the tasks' data are needed.
         """
-        if prunes:
+        if self.structured:
+            self.structured.settle(prunes)
+        elif prunes:
             pattern = Pattern.parse(self.recipe["pattern"])
             for layer in self.model.layers():
                 pattern.check_shape(layer.name, layer.weight.shape)
@@ -138,13 +144,23 @@ class Stages:
         for task in self.tasks:
             if data and task in self.recipe["data"]:
                 self.data(task, "test")
-                if self.trains:
+                if self.trains or "training" in self.needs:
                     self.data(task, "train")
                 elif task == "vqa":
                     self._answers(task)
         there = self.run.resume and self._statistics_file.is_file()
-        if prunes and get_method(self.recipe["method"]).needs and not there:
+        if prunes and self.needs & {"input_norm", "captions"} and not there:
             _ = self.calibration  # opened and looked through
+
+    @cached_property
+    def structured(self) -> Structured | None:
+        """What is done for a method that removes whole units; None for one that makes masks."""
+        return Structured(self) if self.recipe["method"] in STRUCTURED else None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the method needs besides the weights."""
+        return self.structured.method.needs if self.structured else get_method(self.recipe["method"]).needs
 
     @property
     def trains(self) -> bool:
@@ -188,7 +204,7 @@ class Stages:
     def variant_id(self, ratio: float) -> str:
         """Name a pruned variant; patterns are spelled so that the name can be a folder."""
         pattern = self.recipe["pattern"]
-        suffix = "" if pattern == "unstructured" else "-" + pattern.replace(":", "of")
+        suffix = "" if pattern in ("unstructured", PATTERN) else "-" + pattern.replace(":", "of")
         return f"{self.recipe['method']}-{ratio}{suffix}"
 
     def data(self, task: str, split: str) -> Data:
@@ -252,7 +268,7 @@ class Stages:
 
         Args:
             variant: which one.
-            task: only what this task needs; None = all parts (not for fine-tuned variants, which exist per task).
+            task: only what this task needs; None = all parts (not for variants that exist per task).
 
         Returns:
             Model: to be changed as one likes.
@@ -260,29 +276,42 @@ class Stages:
         if variant.finetuned and task is not None:
             folder = self.run.folder / "checkpoints" / variant.id / task
             return loading.load_folder(folder, variant.id, None)
+        if self.structured and self.structured.per_task and variant.ratio is not None:
+            assert task is not None  # there is no such model for all tasks
+            return self.structured.load(variant, task)
         model = copy.deepcopy(self.model)
-        if variant.ratio is not None:
+        if variant.ratio is not None and self.structured:
+            self.structured.apply(model, variant.ratio)
+        elif variant.ratio is not None:
             pruned = self.pruned(variant.ratio)
             apply_masks(model.layers(), pruned.masks, pruned.weights)
         return model if task is None else model.for_task(task)
 
-    def _key(self, *names: str) -> dict[str, Any]:
-        """The options of the recipe that a stage depends on."""
+    def key(self, *names: str) -> dict[str, Any]:
+        """Pick the options of the recipe that a stage depends on.
+
+        Args:
+            *names: of the options.
+
+        Returns:
+            dict[str, Any]: their values.
+        """
         return {name: self.recipe[name] for name in names}
 
     @property
-    def _model_key(self) -> dict[str, Any]:
-        return {**self._key("model", "family", "image_size", "seed"), "weights": self.fingerprint}
+    def model_key(self) -> dict[str, Any]:
+        """The options of the recipe that decide what model it is, and its weights."""
+        return {**self.key("model", "family", "image_size", "seed"), "weights": self.fingerprint}
 
     # --- statistics and masks --------------------------------------------------------------------------------------
 
     @cached_property
     def statistics(self) -> dict[str, torch.Tensor]:
         """Collect the input norms of every layer in one pass, or read them; {} for methods that need none."""
-        if not get_method(self.recipe["method"]).needs:
+        if "input_norm" not in self.needs:
             return {}
         path = self._statistics_file
-        key = {**self._model_key, **self._key("calibration", "calibration_samples", "device")}
+        key = {**self.model_key, **self.key("calibration", "calibration_samples", "device")}
         reuse = self.run.resume and path.is_file()
         self.run.stage("statistics", key, partial(self._collect, path), reuse=reuse)
         widths = {layer.name: layer.weight.shape[1] for layer in self.model.layers()}
@@ -307,48 +336,86 @@ class Stages:
         return {"skipped": data.skipped}
 
     def prune(self) -> None:
-        """Write the masks of every ratio: statistics and scores are shared."""
-        recipe = self.recipe
+        """Write the masks, or plans, of every ratio: statistics, scores and measurements are shared."""
+        recipe, structured = self.recipe, self.structured
         needs = ("statistics",) if self.statistics else ()
-        key = {**self._model_key, **self._key("method", "pattern", "ratios")}
+        key = {**self.model_key, **self.key("method", "pattern", "ratios")}
         files = [self.run.folder / "masks" / f"{self.variant_id(r)}.safetensors" for r in recipe["ratios"]]
+        if structured:
+            needs = (*needs, *structured.measure())
+            key |= self.key("round_widths")
+            files = structured.files()
         reuse = self.run.resume and all(file.is_file() for file in files)
         self.run.stage(f"prune/{recipe['method']}", key, self._prune, needs, reuse)
 
     def _prune(self) -> dict[str, Any]:
-        recipe, model = self.recipe, self.model
-        norms = self.statistics
-        found = model.layers()
-        modality = {layer.name: layer.modality for layer in found}
+        model = self.model
+        modality = {layer.name: layer.modality for layer in model.layers()}
+        zeros = {layer.name: layer.weight != 0 for layer in model.layers()}
+        # Zeros are multiplied like any other number: masked models have the parameters and operations of the dense one.
+        same: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+        same["flops"] = {task: sum(flops(model, task).values()) for task in model.tasks}
+        rows = [self.row(Variant("dense", None, False), sparsity=sparsity_summary(zeros, modality), **same)]
+        del zeros
+        variants = [Variant(self.variant_id(ratio), ratio, False) for ratio in self.recipe["ratios"]]
+        if self.structured:
+            found = self.structured.prune()  # nothing where every task has its own
+            rows += [self.row(variant, **row) for variant, row in zip(variants, found, strict=False)]
+        else:
+            rows += [
+                self.row(variant, sparsity=sparsity, **same)
+                for variant, sparsity in zip(variants, self._masks(modality), strict=True)
+            ]
+        return {"variants": rows}
+
+    def _masks(self, modality: dict[str, str]) -> Iterator[dict[str, Any]]:
+        """Save the masks of every ratio, and tell their sparsity."""
+        recipe, norms = self.recipe, self.statistics
         layers = []
-        for layer in found:
+        for layer in self.model.layers():
             norm = norms[layer.name].to(self.device) if norms else None
             layers.append(Layer(layer.name, layer.modality, layer.weight.detach().to(self.device), norm))
-        zeros = {f.name: f.weight != 0 for f in found}
-        parameters = sum(p.numel() for p in model.parameters())
-        rows = [_variant_row(Variant("dense", None, False), None, None, sparsity_summary(zeros, modality), parameters)]
-        del zeros
         results = prune_layers_at(layers, recipe["method"], recipe["ratios"], recipe["pattern"], recipe["seed"])
         for ratio, pruned in track(results, "Pruning", len(recipe["ratios"])):
-            variant = Variant(self.variant_id(ratio), ratio, False)
             summary = sparsity_summary(pruned.masks, modality)
             metadata = {
-                **self._key("method", "pattern", "seed"),
+                **self.key("method", "pattern", "seed"),
                 "ratio": ratio,
                 "model": self.fingerprint,
                 "modality": modality,
                 "sparsity": {k: summary[k] for k in ("achieved", "per_modality")},
             }
-            save_masks(self.run.folder / "masks" / f"{variant.id}.safetensors", pruned, metadata)
-            rows.append(_variant_row(variant, recipe["method"], recipe["pattern"], summary, parameters))
-        return {"variants": rows}
+            save_masks(self.run.folder / "masks" / f"{self.variant_id(ratio)}.safetensors", pruned, metadata)
+            yield summary
+
+    def row(self, variant: Variant, **figures: Any) -> dict[str, Any]:
+        """Make the row of a variant in the report.
+
+        Args:
+            variant: which one.
+            **figures: "sparsity", "parameters", "flops", and "per_task" where tasks differ.
+
+        Returns:
+            dict[str, Any]: see `vlprune.report.schema.Variant`.
+        """
+        pruned = variant.ratio is not None
+        return {
+            "id": variant.id,
+            "method": self.recipe["method"] if pruned else None,
+            "ratio": variant.ratio,
+            "pattern": self.recipe["pattern"] if pruned else None,
+            "finetuned": variant.finetuned,
+            **figures,
+        }
 
     def keep(self, variant: Variant) -> None:
         """Save a pruned model as it is, with all its parts, to be fine-tuned elsewhere."""
+        if self.structured and self.structured.per_task:
+            return  # kept per task already
         folder = self.run.folder / "checkpoints" / variant.id / "pretrained"
         reuse = self.run.resume and (folder / "model.safetensors").is_file()
         work = partial(self._keep, variant, folder)
-        self.run.stage(f"checkpoint/{variant.id}", self._model_key, work, self._pruned, reuse)
+        self.run.stage(f"checkpoint/{variant.id}", self.model_key, work, self.pruned_by, reuse)
 
     def _keep(self, variant: Variant, folder: Path) -> dict[str, Any]:
         with atomic_path(folder) as temporary:
@@ -357,7 +424,8 @@ class Stages:
         return {}
 
     @property
-    def _pruned(self) -> tuple[str, ...]:
+    def pruned_by(self) -> tuple[str, ...]:
+        """The stage that makes all masks or plans."""
         return (f"prune/{self.recipe['method']}",)
 
     # --- fine-tuning -----------------------------------------------------------------------------------------------
@@ -366,29 +434,51 @@ class Stages:
         """Train one variant for one task, masked weights locked at zero."""
         folder = self.run.folder / "checkpoints" / variant.id / task
         key = {
-            **self._model_key,
-            **self._key("finetune", "batch_size"),
+            **self.model_key,
+            **self.key("finetune", "batch_size"),
             "data": self.recipe["data"][task],
             "dense": variant.ratio is None,
         }
+        needs = self._made_by(replace(variant, id=variant.base, finetuned=False), task)
+        if self.structured and self.structured.teaches(variant, task):
+            key |= self.key("distill")
+            needs = (*needs, f"finetune/{self.dense.id}/{task}")
         reuse = self.run.resume and (folder / "model.safetensors").is_file()
         work = partial(self._finetune, variant, task, folder)
-        self.run.stage(f"finetune/{variant.id}/{task}", key, work, self._pruned, reuse)
+        self.run.stage(f"finetune/{variant.id}/{task}", key, work, needs, reuse)
+
+    def find(self, variant: Variant, task: str) -> None:
+        """Find what a pruned variant is for one task, where tasks differ; for other methods there is nothing to do.
+
+        Args:
+            variant: not fine-tuned.
+            task: of the run.
+        """
+        if self.structured and self.structured.per_task and variant.ratio is not None:
+            self.structured.find(variant, task)
+
+    def finetune_options(self) -> FinetuneOptions:
+        """Tell what the recipe says of training."""
+        recipe = self.recipe
+        chosen = {"seed": recipe["seed"], **recipe["finetune"]}
+        if chosen["mode"] == "none":
+            chosen["mode"] = "full"  # of a search, which trains whatever follows it
+        device: Literal["cpu", "cuda"] = "cuda" if self.device.type == "cuda" else "cpu"
+        return FinetuneOptions(**chosen, batch_size=recipe["batch_size"], device=device)
 
     def _finetune(self, variant: Variant, task: str, folder: Path) -> dict[str, Any]:
         model = self.build(Variant(variant.base, variant.ratio, False), task)
-        masks = {}
-        if variant.ratio is not None:
+        masks, teacher = {}, None
+        if self.structured:
+            teacher = self.structured.teacher(variant, task)
+        elif variant.ratio is not None:
             masks = masks_for(model.layers(), self.model.layers(), self.pruned(variant.ratio).masks)
         state = self.run.folder / "training" / variant.id / task
         data = self.data(task, "train")
-        recipe = self.recipe
-        chosen = {"seed": recipe["seed"], **recipe["finetune"]}
-        device: Literal["cpu", "cuda"] = "cuda" if self.device.type == "cuda" else "cpu"
-        options = FinetuneOptions(**chosen, batch_size=recipe["batch_size"], device=device)
         label = f"Fine-tuning {variant.id} {task}"
-        finetune(model, task, data, masks, options, state_dir=state, label=label)
-        row = self._finetuned_row(variant, model, masks)
+        options = self.finetune_options()
+        finetune(model, task, data, masks, options, teacher=teacher, state_dir=state, label=label)
+        row = self._finetuned_row(variant, task, model, masks)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             model.to("cpu").save(temporary)
@@ -398,21 +488,28 @@ class Stages:
             state.parent.parent.rmdir()
         return {"variants": [row], "skipped": data.skipped}
 
-    def _finetuned_row(self, variant: Variant, model: Model, masks: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _finetuned_row(
+        self, variant: Variant, task: str, model: Model, masks: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
         """The row of a fine-tuned variant is that of its base: training changes no mask, which is checked here."""
         for layer in model.layers():
             if layer.name in masks and bool(layer.weight.detach().cpu()[~masks[layer.name].cpu()].any()):
                 raise AssertionError(f"fine-tuning revived pruned weights of {layer.name}")
-        base = next(row for row in self.run.rows(self._pruned[0])["variants"] if row["id"] == variant.base)
+        made_by = self._made_by(replace(variant, id=variant.base, finetuned=False), task)[0]
+        base = next(row for row in self.run.rows(made_by)["variants"] if row["id"] == variant.base)
         return {**base, "id": variant.id, "finetuned": True}
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def _made_by(self, variant: Variant, task: str) -> tuple[str, ...]:
-        return (f"finetune/{variant.id}/{task}",) if variant.finetuned else self._pruned
+        if variant.finetuned:
+            return (f"finetune/{variant.id}/{task}",)
+        if self.structured and self.structured.per_task and variant.ratio is not None:
+            return (self.structured.made_by(variant, task),)
+        return self.pruned_by
 
     def _test_key(self, task: str) -> dict[str, Any]:
-        return {**self._model_key, **self._key("samples", "skip_broken"), "data": self.recipe["data"][task]}
+        return {**self.model_key, **self.key("samples", "skip_broken"), "data": self.recipe["data"][task]}
 
     def spec(self, model: Model, task: str) -> dict[str, Any]:
         """Make task.json."""
@@ -505,7 +602,7 @@ class Stages:
         """Write packed graphs beside the plain ones and compare each with PyTorch."""
         folder = self._graphs(variant, task, PACKED)
         target = resolve_target(self.recipe["target"])
-        key = {**self._key("pack", "values", "pack_threshold"), "target": target}
+        key = {**self.key("pack", "values", "pack_threshold"), "target": target}
         reuse = self.run.resume and (folder / "task.json").is_file()
         work = partial(self._pack, variant, task, folder, target)
         self.run.stage(f"pack/{variant.id}/{task}", key, work, (f"export/{variant.id}/{task}",), reuse)
@@ -566,7 +663,7 @@ class Stages:
         name = f"bench/{variant.id}/{task}/{provider}{self._suffix(form)}"
         work = partial(self._bench, variant, task, provider, form)
         needs = (f"export/{self.dense.id}/{task}", self._written_by(variant, task, form))
-        key = self._key("bench_batches", "threads") | ({"seconds": self.seconds} if self.seconds else {})
+        key = self.key("bench_batches", "threads") | ({"seconds": self.seconds} if self.seconds else {})
         self.run.stage(name, key, work, needs)
 
     def _bench(self, variant: Variant, task: str, provider: str, form: str) -> dict[str, Any]:
@@ -608,17 +705,3 @@ class Stages:
             "random_weights": source.random_weights,
         }
         return self.run.report(described, self.recipe["threads"])
-
-
-def _variant_row(
-    variant: Variant, method: str | None, pattern: str | None, sparsity: dict[str, Any], parameters: int
-) -> dict[str, Any]:
-    return {
-        "id": variant.id,
-        "method": method,
-        "ratio": variant.ratio,
-        "pattern": pattern,
-        "finetuned": variant.finetuned,
-        "sparsity": sparsity,
-        "parameters": parameters,
-    }

@@ -47,6 +47,8 @@ def test_compress_hands_everything_over(pipeline: Any, tmp_path: Path, capsys: p
         "ratios": [0.63, 0.9],
         "method": "multiflow",
         "pattern": "unstructured",
+        "round_widths": True,
+        "mope": None,
         "family": None,
         "calibration": None,
         "calibration_samples": None,
@@ -57,6 +59,7 @@ def test_compress_hands_everything_over(pipeline: Any, tmp_path: Path, capsys: p
         "epochs": None,
         "lr": 1e-3,
         "batch_size": None,
+        "distill": None,
         "image_size": None,
         "export": "onnx",
         "providers": ["cpu"],
@@ -75,6 +78,22 @@ def test_compress_hands_everything_over(pipeline: Any, tmp_path: Path, capsys: p
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"done": True}
     assert captured.err == ""
+
+
+def test_options_of_structured_methods(pipeline: Any, tmp_path: Path) -> None:
+    command = ["compress", "folder/model", "-o", str(tmp_path / "run"), "--json", "--method", "mope", "--distill"]
+    assert main([*command, "1,50,0.5", "--mope-stage", "task", "--mope-pairs", "7", "--no-round-widths"]) == 0
+    assert main([*command, "none"]) == 0
+    first, second = (options for _, _, options in pipeline.calls)
+    assert (first["method"], first["round_widths"], first["distill"]) == ("mope", False, [1.0, 50.0, 0.5])
+    assert first["mope"] == {"stage": "task", "pairs": 7}
+    assert (second["round_widths"], second["distill"], second["mope"]) == (True, [], None)
+
+
+@pytest.mark.parametrize("weights", ["1,2", "1,2,x", "1,-2,3", "1,inf,1", ""])
+def test_distillation_has_three_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: str) -> None:
+    assert main(["compress", "folder/model", "-o", str(tmp_path / "run"), "--distill", weights]) == 2
+    assert "three numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["finetune", "export", "validate"])

@@ -20,6 +20,9 @@ FROZEN = {
         "--ratio",
         "--method",
         "--pattern",
+        "--no-round-widths/--round-widths",
+        "--mope-stage",
+        "--mope-pairs",
         "--family",
         "--calibration",
         "--calibration-samples",
@@ -30,6 +33,7 @@ FROZEN = {
         "--epochs",
         "--lr",
         "--batch-size",
+        "--distill",
         "--image-size",
         "--export",
         "--pack",
@@ -52,6 +56,8 @@ FROZEN = {
         "--ratio",
         "--method",
         "--pattern",
+        "--no-round-widths/--round-widths",
+        "--mope-pairs",
         "--family",
         "--calibration",
         "--calibration-samples",
@@ -123,7 +129,10 @@ FROZEN = {
 
 
 def _options(command: object) -> set[str]:
-    names = {"/".join(sorted(parameter.opts, key=len, reverse=True)) for parameter in command.params}
+    names = {
+        "/".join(sorted([*parameter.opts, *parameter.secondary_opts], key=len, reverse=True))
+        for parameter in command.params
+    }
     return names - {"--help/-h"}
 
 
@@ -141,7 +150,7 @@ def test_every_option_is_explained_and_every_verb_has_an_example() -> None:
 
 
 def test_messages_name_only_options_that_exist() -> None:
-    known = {option.split("/")[0] for options in FROZEN.values() for option in options}
+    known = {name for options in FROZEN.values() for option in options for name in option.split("/")}
     known |= {"--version", "--debug", "--help"} | OF_OTHERS
     named = {}
     for file in (path for folder in ("vlprune", "cli", "exporters") for path in (ROOT / folder).rglob("*.py")):

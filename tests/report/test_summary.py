@@ -1,6 +1,10 @@
 from typing import Any
 
-from vlprune.report.summary import Row, side_by_side, summarize
+import pytest
+
+from vlprune.report.markdown import render_markdown
+from vlprune.report.schema import validate_report
+from vlprune.report.summary import STRUCTURED, ZEROS, Row, cost_table, notes, side_by_side, summarize
 
 
 def test_onnx_falls_back_to_the_pruned_model_when_nothing_was_trained(report: dict[str, Any]) -> None:
@@ -46,3 +50,43 @@ def test_every_ratio_has_its_rows_in_order(report: dict[str, Any]) -> None:
         ("omp-0.5", "vqa"),
         ("omp-0.5", "captioning"),
     ]
+
+
+@pytest.fixture
+def structured(report: dict[str, Any]) -> dict[str, Any]:
+    """The same, but units were removed, by one method for all tasks and by another for one."""
+    for variant in report["variants"]:
+        variant["flops"] = {"vqa": 40_000_000_000, "captioning": 30_000_000_000}
+        if variant["method"]:
+            variant |= {"pattern": "structured", "parameters": 1_200_000, "flops": {"vqa": 9_000_000_000}}
+    own = {**report["variants"][2], "id": "upop-0.9", "method": "upop"}
+    task = {key: own[key] for key in ("sparsity", "parameters", "flops")} | {"dense_parameters": 2_000_000}
+    report["variants"].append({**own, "per_task": {"vqa": task}})
+    return report
+
+
+def test_parameters_and_operations_beside_the_dense_model(structured: dict[str, Any]) -> None:
+    assert cost_table(structured) == [
+        {"variant": "dense", "parameters": "3.00 M", "vqa GFLOPs": "40.000", "captioning GFLOPs": "30.000"},
+        {
+            "variant": "multiflow-0.9",
+            "parameters": "1.20 M (40.0 %)",
+            "vqa GFLOPs": "9.000 (22.5 %)",
+            "captioning GFLOPs": "–",
+        },
+        {
+            "variant": "upop-0.9, vqa",
+            "parameters": "1.20 M (60.0 %)",
+            "vqa GFLOPs": "9.000 (22.5 %)",
+            "captioning GFLOPs": "–",
+        },
+    ]
+    assert "| upop-0.9, vqa | 1.20 M (60.0 %) | 9.000 (22.5 %) | – |" in render_markdown(structured)
+    validate_report(structured)
+
+
+def test_notes_tell_masks_from_removed_units(report: dict[str, Any]) -> None:
+    assert notes(report) == [ZEROS] and cost_table(report) == []
+    for variant in report["variants"]:
+        variant["pattern"] = variant["method"] and "structured"
+    assert notes(report) == [STRUCTURED]

@@ -6,6 +6,7 @@ from typing import Any
 from vlprune.report.schema import Metrics, Report
 from vlprune.report.summary import (
     RANDOM,
+    cost_table,
     has_int8,
     has_packed,
     notes,
@@ -109,7 +110,13 @@ def _sparsity(report: Report) -> str:
         for variant in pruned
     ]
     table = _table(["variant", "method", "pattern", "asked", "achieved", *modalities], body, text_columns=3)
-    return f"## Sparsity\n\nShare of prunable weights removed.\n\n{table}"
+    text = f"## Sparsity\n\nShare of prunable weights removed.\n\n{table}"
+    if costs := cost_table(report):
+        intro = (
+            "In brackets the share of the dense model's; a variant made for one task is held against the same parts."
+        )
+        text += f"\n\n## Parameters and FLOPs\n\n{intro}\n\n{_named_table(costs, text_columns=1)}"
+    return text
 
 
 def _graphs(report: Report) -> str:

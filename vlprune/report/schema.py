@@ -39,17 +39,33 @@ class Model(TypedDict):
 
 
 class Sparsity(TypedDict):
-    """Fractions of prunable weights that are removed, in [0, 1].
+    """Fractions of prunable weights that are removed, in [0, 1]: set to zero, or physically gone.
 
     Attributes:
         achieved: over all prunable layers.
         per_modality: the same per modality.
-        per_layer: the same per layer.
+        per_layer: the same per layer of the dense model, 1 where a whole layer is gone.
     """
 
     achieved: float
     per_modality: dict[str, float]
     per_layer: dict[str, float]
+
+
+class TaskVariant(TypedDict):
+    """What a variant is for one task, where the method makes another model for each.
+
+    Attributes:
+        sparsity: see `Variant`, of the parts that the task needs.
+        parameters: see `Variant`, of the parts that the task needs.
+        flops: see `Variant`, this task only.
+        dense_parameters: of the same parts of the dense model.
+    """
+
+    sparsity: Sparsity
+    parameters: int
+    flops: dict[str, int]
+    dense_parameters: int
 
 
 class Variant(TypedDict):
@@ -59,10 +75,14 @@ class Variant(TypedDict):
         id: "dense", "dense-finetuned", "multiflow-0.9", "multiflow-0.9-finetuned", ...
         method: pruning method, None when dense.
         ratio: fraction of the prunable weights that was to be removed, None when dense.
-        pattern: "unstructured", "n:m", "rxc"; None when dense.
+        pattern: "unstructured", "n:m", "rxc" for masks, "structured" where whole units are gone; None when dense.
         finetuned: it was trained for each task after pruning.
         sparsity: what was reached.
         parameters: weights still physically there (masked ones are, surgically removed ones are not).
+        flops: task -> floating-point operations of one sample in all graphs of the task (one image, 35 tokens, no
+            cache), counted by torch.utils.flop_counter: matrix products, convolutions and attention, a multiply-add
+            being two. Masked weights are multiplied like any others.
+        per_task: task -> the figures above, which are then their means over tasks.
     """
 
     id: str
@@ -72,6 +92,8 @@ class Variant(TypedDict):
     finetuned: bool
     sparsity: Sparsity
     parameters: int
+    flops: NotRequired[dict[str, int]]
+    per_task: NotRequired[dict[str, TaskVariant]]
 
 
 class Metrics(TypedDict):

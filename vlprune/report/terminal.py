@@ -9,7 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from vlprune.report.schema import Report
-from vlprune.report.summary import RANDOM, has_packed, notes, packing, ratio, score_table, side_by_side, verdict
+from vlprune.report.summary import (
+    RANDOM,
+    cost_table,
+    has_packed,
+    notes,
+    packing,
+    ratio,
+    score_table,
+    side_by_side,
+    verdict,
+)
 
 
 def console() -> Console:
@@ -65,6 +75,8 @@ def print_report(report: Report, screen: Console | None = None) -> None:
     ]
     if sparsities:
         screen.print(table("Sparsity", sparsities))
+    if costs := cost_table(report):
+        screen.print(table("Parameters and FLOPs", costs, text_columns=1))
     packed = has_packed(report)
     sizes = [
         {
