@@ -260,7 +260,7 @@ class _Packer:
             if node.domain != DOMAIN or node.op_type not in _NORM:
                 continue
             norm = self.graph.layer_norm(node.input[0])
-            alone = self.graph.only_reader(node.input[0]) is node and list(node.input).count(node.input[0]) == 1
+            alone = list(node.input).count(node.input[0]) == 1 and self.graph.only_reader(node.input[0]) is node
             if norm is None or not alone:
                 continue
             new = NodeProto()
