@@ -22,6 +22,7 @@ from vlprune.models.processor import Processor, word_tokenizer
 from vlprune.pruning import Pruned, save_masks, save_statistics, tensorfile
 from vlprune.pruning.masks import KIND
 from vlprune.runtime import operators
+from vlprune.structured import Plan, cut, save_plan
 from vlprune.structured.mope import Table, save_table
 
 
@@ -121,6 +122,55 @@ def test_masks(told: bool, tmp_path: Path) -> None:
         {"layer": "a", "modality": "vision" if told else None, "shape": [1, 4], "sparsity": 0.75},
         {"layer": "b", "modality": "text" if told else None, "shape": [1, 2], "sparsity": 0.5},
     ]
+
+
+PLAN = Plan(
+    {
+        "vision.0.self_attn": torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]]) > 0,
+        "vision.0.mlp": torch.arange(8) < 6,
+    },
+    {"vision": torch.tensor([True, False, True])},
+)
+
+
+def test_structured_plan(tmp_path: Path) -> None:
+    told = {"sparsity": {"achieved": 0.25, "per_modality": {"vision": 0.5, "text": 0.0}}, "task": "vqa"}
+    save_plan(tmp_path / "p.safetensors", PLAN, {**MASK_METADATA, **told})
+    found = inspect(tmp_path / "p.safetensors")
+    assert (found["kind"], found["method"], found["pattern"]) == ("structured plan", "multiflow", "structured")
+    assert (found["ratio"], found["task"]) == (0.75, "vqa")
+    assert found["sparsity"] == {"achieved": 0.25, "vision": 0.5, "text": 0.0}
+    assert found["groups"] == [
+        {"group": "vision.0.self_attn", "heads": "2 of 3", "width": "2 of 4", "neurons": None, "kept": 4 / 12},
+        {"group": "vision.0.mlp", "heads": None, "width": None, "neurons": "6 of 8", "kept": 0.75},
+    ]
+    assert found["towers"] == [{"tower": "vision", "layers": 2, "of": 3, "removed": [1]}]
+
+
+def test_plan_whose_metadata_tell_nothing(tmp_path: Path) -> None:
+    for sparsity in (None, [], {"achieved": "x", "per_modality": 3}, {"achieved": float(2**200)}):
+        save_plan(tmp_path / "p.safetensors", PLAN, {**MASK_METADATA, "sparsity": sparsity, "\x1b[31m": 1})
+        assert len(inspect(tmp_path / "p.safetensors")["groups"]) == 2
+
+
+def test_cut_checkpoint(model: Blip, tmp_path: Path) -> None:
+    small = model.for_task("captioning")
+    name = "text_decoder.bert.encoder.layer.0"
+    heads = torch.tensor([[True] * 4, [False] * 4])
+    cut(small, Plan({f"{name}.attention.self": heads, "vision_model.encoder.layers.0.mlp": torch.arange(16) < 4}))
+    small.save(tmp_path)
+    found = inspect(tmp_path)
+    assert found["towers"] == [{"tower": "vision", "layers": 1}, {"tower": "decoder", "layers": 1}]
+    rows = {row["group"]: (row["heads"], row["width"], row["neurons"], row["kept"]) for row in found["groups"]}
+    assert rows == {
+        "vision_model.encoder.layers.0.self_attn": ("2 of 2", "4 of 4", None, 1),
+        "vision_model.encoder.layers.0.mlp": (None, None, "4 of 16", 0.25),
+        f"{name}.attention.self": ("1 of 2", "4 of 4", None, 0.5),
+        f"{name}.crossattention.self": ("2 of 2", "4 of 4", None, 1),
+        f"{name}.intermediate": (None, None, "16 of 16", 1),
+    }
+    model.save(tmp_path)
+    assert "groups" not in inspect(tmp_path)
 
 
 def test_statistics(tmp_path: Path) -> None:
@@ -306,6 +356,14 @@ def test_run(run: Path) -> None:
     size = (run / "masks" / "multiflow-0.75.safetensors").stat().st_size
     assert found["masks"] == [{"masks": "multiflow-0.75", "bytes": size, "sparsity": 0.75}]
     assert found["models"] == [{"model": "dense", "task": "vqa", "as": "onnx", "bytes": 10, "files": 1}]
+
+
+def test_run_with_plans(run: Path) -> None:
+    save_plan(run / "masks" / "upop-0.75" / "vqa.safetensors", PLAN, {**MASK_METADATA, "sparsity": {"achieved": 0.7}})
+    save_plan(run / "masks" / "mope-0.75.safetensors", PLAN, MASK_METADATA)
+    found = inspect(run)
+    assert [(row["plans"], row["sparsity"]) for row in found["plans"]] == [("mope-0.75", None), ("upop-0.75/vqa", 0.7)]
+    assert found["masks"]
 
 
 def test_run_with_a_table_of_errors(run: Path) -> None:

@@ -28,7 +28,7 @@ HEAT = "·▁▂▃▄▅▆▇█"
 
 
 def inspect(path: Path | str) -> dict[str, Any]:
-    """Describe a checkpoint, mask file, statistics file, ONNX file, exported task or run directory.
+    """Describe a checkpoint, mask or plan file, statistics file, ONNX file, exported task or run directory.
 
     Args:
         path: the file or folder.
@@ -70,22 +70,27 @@ def _folder_kind(folder: Path) -> tuple[str, Any]:
 
 
 def _safetensors_kind(path: Path) -> tuple[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
     from vlprune.pruning import masks, statistics
-    from vlprune.structured import mope
+    from vlprune.structured import mope, plan
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            kind = (file.metadata() or {}).get("kind", "")
-    except (SafetensorError, OSError) as error:
-        raise RequestError(f"{path} is no intact safetensors file ({_plain(error)}): copy or make it again") from error
     kinds = {
         masks.KIND: ("masks", _masks),
         statistics.KIND: ("statistics", _statistics),
+        plan.KIND: ("structured plan", _plan),
         mope.KIND: ("module-wise errors", _errors),
     }
-    return kinds.get(kind, ("weights", _weights))
+    return kinds.get(_kind(path), ("weights", _weights))
+
+
+def _kind(path: Path) -> str:
+    """What a safetensors file of ours says it is, "" for others."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("kind", ""))
+    except (SafetensorError, OSError) as error:
+        raise RequestError(f"{path} is no intact safetensors file ({_plain(error)}): copy or make it again") from error
 
 
 def _masks(path: Path) -> dict[str, Any]:
@@ -113,6 +118,46 @@ def _masks(path: Path) -> dict[str, Any]:
             for name, mask in pruned.masks.items()
         ],
     }
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    """A structured plan: how many heads, dimensions, neurons and layers are kept. Who keeps all may be left out."""
+    from vlprune.structured import load_plan
+
+    plan, metadata = load_plan(path)
+    claimed = metadata.get("sparsity")
+    claimed = claimed if isinstance(claimed, dict) else {}
+    modalities = claimed.get("per_modality")
+    shares = {"achieved": claimed.get("achieved")} | (modalities if isinstance(modalities, dict) else {})
+    groups = []
+    for name, kept in plan.units.items():
+        left = [int(kept.sum())] if kept.ndim == 1 else [int(kept.any(1).sum()), int(kept.sum(1).max())]
+        groups.append(_units(_plain(name), left, list(kept.shape)))
+    return {
+        **{key: _plain(metadata[key]) for key in ("method", "pattern", "model")},
+        **({"task": _plain(metadata["task"])} if "task" in metadata else {}),
+        "ratio": metadata["ratio"],
+        "seed": metadata["seed"],
+        "sparsity": {_plain(name): _number(share) for name, share in shares.items()},
+        "groups": groups,
+        "towers": [
+            {
+                "tower": _plain(name),
+                "layers": int(kept.sum()),
+                "of": len(kept),
+                "removed": (~kept).nonzero().flatten().tolist(),
+            }
+            for name, kept in plan.layers.items()
+        ],
+    }
+
+
+def _units(name: str, left: Sequence[int], full: Sequence[int]) -> dict[str, Any]:
+    """A row of heads and head widths, or of neurons."""
+    row: dict[str, Any] = {"group": name, "heads": None, "width": None, "neurons": None}
+    columns = ("heads", "width") if len(full) == 2 else ("neurons",)
+    row |= {column: f"{n} of {most}" for column, n, most in zip(columns, left, full, strict=True)}
+    return row | {"kept": _fraction(math.prod(left), math.prod(full))}
 
 
 def _modalities(claimed: Any, names: Iterable[str]) -> dict[str, str]:
@@ -253,7 +298,20 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "prunable_parameters": total.total(),
         "sparsity": _sparsity(zeros, total),
+        **_cut(model),
         "layers": rows,
+    }
+
+
+def _cut(model: Any) -> dict[str, Any]:
+    """What is left of a model that structured pruning has cut; nothing for others."""
+    from vlprune.structured import full_shape, sizes
+
+    if not sizes(model):
+        return {}
+    return {
+        "towers": [{"tower": tower.name, "layers": tower.depth} for tower in model.towers()],
+        "groups": [_units(group.name, group.shape, full_shape(model, group)) for group in model.groups()],
     }
 
 
@@ -457,20 +515,21 @@ def _task(folder: Path) -> dict[str, Any]:
 def _run(folder: Path) -> dict[str, Any]:
     from vlprune.pruning import masks, tensorfile
     from vlprune.run import Run
-    from vlprune.structured import mope
+    from vlprune.structured import mope, plan
 
     run = Run.open(folder, resume=True)
-    rows, tables = [], []
-    for path in sorted((folder / "masks").glob("*.safetensors")):
-        if mope.is_table(path):
-            table = _plain(path.relative_to(folder / "masks").with_suffix(""))
-            tables.append({"errors": table, "bytes": _size(path)})
+    found: dict[str, list[dict[str, Any]]] = {"masks": [], "plans": [], "errors": []}
+    for path in sorted((folder / "masks").rglob("*.safetensors")):
+        kind, name = _kind(path), _plain(path.relative_to(folder / "masks").with_suffix(""))
+        if kind == mope.KIND:
+            found["errors"].append({"errors": name, "bytes": _size(path)})
             continue
-        with tensorfile.opened(path, masks.KIND) as file:
+        what = "plans" if kind == plan.KIND else "masks"
+        with tensorfile.opened(path, plan.KIND if what == "plans" else masks.KIND) as file:
             metadata = file.header.get("metadata")
         claimed = metadata.get("sparsity") if isinstance(metadata, dict) else None
         achieved = claimed.get("achieved") if isinstance(claimed, dict) else None
-        rows.append({"masks": _plain(path.stem), "bytes": _size(path), "sparsity": _number(achieved)})
+        found[what].append({what: name, "bytes": _size(path), "sparsity": _number(achieved)})
     try:
         stages = [
             {"stage": _plain(r["stage"]["name"]), "seconds": _number(r["stage"]["seconds"])} for r in run.records()
@@ -486,8 +545,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "recipe": {_plain(key): _plain(value) for key, value in run.recipe.items()},
         "report": (folder / "report.json").is_file(),
         "stages": stages,
-        "masks": rows,
-        **({"errors": tables} if tables else {}),
+        **{what: rows for what, rows in found.items() if rows or (what == "masks" and not found["plans"])},
         "models": models,
     }
 

@@ -350,7 +350,7 @@ class Stages:
 
     def _prune(self) -> dict[str, Any]:
         model = self.model
-        modality = {layer.name: layer.modality for layer in model.layers()}
+        modality: dict[str, str] = {layer.name: layer.modality for layer in model.layers()}
         zeros = {layer.name: layer.weight != 0 for layer in model.layers()}
         # Zeros are multiplied like any other number: masked models have the parameters and operations of the dense one.
         same: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}

@@ -190,7 +190,7 @@ class Structured:
             dict[str, Any]: "sparsity", "parameters" and "flops" of a row in the report.
         """
         found = removed(plan, model.groups(), model.towers())
-        group_of = {}
+        group_of: dict[int, str] = {}
         for group in model.groups():
             linears = [*(linear for linear, _ in group.inner), *group.outer]
             group_of |= {id(linear.weight): group.name for linear in linears}

@@ -12,7 +12,7 @@ models by their `Group`s and `Tower`s only.
 
 from vlprune.structured.methods import STRUCTURED, StructuredMethod, plan_by_scores
 from vlprune.structured.plan import Plan, check_plan, choose, load_plan, removed, save_plan, unit_cost
-from vlprune.structured.surgery import checked_sizes, cut, reshape, sizes, tell_depth, zero
+from vlprune.structured.surgery import checked_sizes, cut, full_shape, reshape, sizes, tell_depth, zero
 
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "checked_sizes",
     "choose",
     "cut",
+    "full_shape",
     "load_plan",
     "plan_by_scores",
     "removed",

@@ -104,9 +104,7 @@ def _rows(group: Group, kept: Tensor) -> dict[nn.Linear, Tensor]:
     return {linear: torch.cat(rows) for linear, rows in found.items()}
 
 
-def _selected(
-    parameter: Tensor, dim: int, index: Tensor, known: dict[tuple[int, int], nn.Parameter]
-) -> nn.Parameter:
+def _selected(parameter: Tensor, dim: int, index: Tensor, known: dict[tuple[int, int], nn.Parameter]) -> nn.Parameter:
     key = (id(parameter), dim)
     if key not in known:
         chosen = parameter.detach().index_select(dim, index.to(parameter.device))
@@ -156,15 +154,28 @@ def sizes(model: Model) -> dict[str, list[int]]:
     """
     found: dict[str, list[int]] = {}
     for group in model.groups():
-        config = _config(model, group)
-        heads = config.num_attention_heads
-        full = [heads, config.hidden_size // heads] if group.kind == "attention" else [config.intermediate_size]
-        if list(group.shape) != full:
+        if group.shape != full_shape(model, group):
             found |= {name: list(group.shape) for name in group.names}
     for tower in model.towers():
         if tower.depth != _config(model, tower).num_hidden_layers:
             found |= {path: [tower.depth] for path in tower.stacks}
     return found
+
+
+def full_shape(model: Model, group: Group) -> tuple[int, ...]:
+    """Tell the units of a group before anything was cut, as the config keeps them.
+
+    Args:
+        model: the model.
+        group: one of its groups.
+
+    Returns:
+        tuple[int, ...]: (H, K) or (N,).
+    """
+    config = _config(model, group)
+    if group.kind == "ffn":
+        return (config.intermediate_size,)
+    return (config.num_attention_heads, config.hidden_size // config.num_attention_heads)
 
 
 def checked_sizes(value: Any, where: str) -> dict[str, list[int]]:
