@@ -153,10 +153,12 @@ def test_errors_of_single_task_models_equal_evaluations_without_caches(whole, da
     assert (errors[:, 1] != 0).all()
 
 
-def test_errors_of_clip_equal_evaluations_without_caches(small_clip, data):
-    found = measure(small_clip, data, OPTIONS)
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_errors_of_dual_encoders_equal_evaluations_without_caches(family, data, request):
+    model = request.getfixturevalue(f"small_{family}")
+    found = measure(model, data, OPTIONS)
     assert found.metadata["ways"] == ["embeddings"]
-    check_against_brute_force(small_clip, data, OPTIONS, found)
+    check_against_brute_force(model, data, OPTIONS, found)
 
 
 def test_errors_of_clip_tiny_equal_evaluations_without_caches(data):
