@@ -1,4 +1,4 @@
-"""Cutting BLIP: the cut model is the masked model, saves, reloads, trains; what a config claims is not believed."""
+"""Cutting: the cut model is the masked model, saves, reloads, trains; what a config claims is not believed."""
 
 import copy
 import json
@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,35 +16,50 @@ from torch import Tensor
 from vlprune import exporters
 from vlprune.data.scenes import scenes_captions, scenes_vqa
 from vlprune.errors import RequestError
-from vlprune.models.blip import Blip, cross_keys_values, run_text
+from vlprune.models import load
+from vlprune.models.blip import cross_keys_values, run_text
 from vlprune.models.family import fingerprint
 from vlprune.models.loading import load_folder
 from vlprune.structured import Plan, cut, removed, reshape, sizes, zero
 from vlprune.training.finetune import FinetuneOptions, finetune
 
 
-MODELS = ("tied", "tied-vqa", "retrieval", "captioning", "vqa")
+BLIPS = ("tied", "tied-vqa", "retrieval", "captioning", "vqa")
+MODELS = (*BLIPS, "nlvr", "clip", "siglip")  # image classifiers: test_vit.py
 TEXTS = ["a red circle", "a small blue square left of the large green triangle", "a", "two", "the small red square"]
 
 
 @pytest.fixture(scope="session")
-def loaded(hugging_face, checkpoints):
+def loaded(hugging_face, duals, checkpoints, tmp_path_factory):
     """Name -> model with 2 to 4 heads per attention and random biases; not to be changed."""
     tied = checkpoints.pretraining_model(heads=4)
     models = {"tied": tied, "tied-vqa": tied.for_task("vqa")}
     for task in ("retrieval", "captioning", "vqa"):
         models[task] = load_folder(hugging_face(task)[0], task, None)
+    folder = tmp_path_factory.mktemp("nlvr")
+    tied.save(folder)
+    models["nlvr"] = load(str(folder), family="blip_nlvr")
+    for kind in ("clip", "siglip"):
+        models[kind] = load_folder(duals(kind).folder, kind, None)
     return models
 
 
-def outputs(model: Blip) -> dict[str, Tensor]:
+def outputs(model: Any) -> dict[str, Tensor]:
     """All a model computes from padded texts and images."""
     rng = np.random.default_rng(0)
-    pixels = torch.from_numpy(rng.normal(size=(len(TEXTS), 3, 32, 32)).astype(np.float32))
+    side = model.processor.image_size
+    pixels = torch.from_numpy(rng.normal(size=(len(TEXTS), 3, side, side)).astype(np.float32))
+    found = {}
+    if model.family in ("clip", "siglip"):
+        batch = model.caption_batch(pixels.numpy(), TEXTS, range(len(TEXTS)))
+        with torch.no_grad():
+            return {"image": model.image_tower().embeds(batch), "text": model.text_tower().embeds(batch)}
     ids, mask = (torch.from_numpy(array) for array in model.processor.texts(TEXTS, "cls", 20))
     assert 0 < mask.sum() < mask.numel()
-    found = {}
     with torch.no_grad():
+        if model.family == "blip_nlvr":
+            states = model.image_states(pixels)
+            return {"verdicts": model.logits(ids, mask, (states, states.flip(0)))}
         states = found["states"] = model.image_states(pixels)
         if "retrieval" in model.tasks:
             found["image"], found["text"] = model.image_embeds(states), model.text_embeds(ids, mask)
@@ -70,7 +86,7 @@ def differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # --- plans of every structure -----------------------------------------------------------------------------------------
 
 
-def heads(model: Blip, left: int | None = None) -> Plan:
+def heads(model: Any, left: int | None = None) -> Plan:
     """Some heads of every attention go; which, differs from layer to layer."""
     units = {}
     for number, group in enumerate(g for g in model.groups() if g.kind == "attention"):
@@ -79,7 +95,7 @@ def heads(model: Blip, left: int | None = None) -> Plan:
     return Plan(units)
 
 
-def dimensions(model: Blip, left: int | None = None) -> Plan:
+def dimensions(model: Any, left: int | None = None) -> Plan:
     """Every head keeps as many dimensions, each its own."""
     units = {}
     generator = torch.Generator().manual_seed(1)
@@ -90,7 +106,7 @@ def dimensions(model: Blip, left: int | None = None) -> Plan:
     return Plan(units)
 
 
-def neurons(model: Blip, left: int | None = None) -> Plan:
+def neurons(model: Any, left: int | None = None) -> Plan:
     generator = torch.Generator().manual_seed(2)
     ffns = [group for group in model.groups() if group.kind == "ffn"]
     return Plan(
@@ -98,12 +114,12 @@ def neurons(model: Blip, left: int | None = None) -> Plan:
     )
 
 
-def layers(model: Blip) -> Plan:
+def layers(model: Any) -> Plan:
     """All layers but one go, the first of a tower or the last."""
     return Plan({}, {t.name: torch.arange(t.depth) == (t.depth - 1) * (i % 2) for i, t in enumerate(model.towers())})
 
 
-def everything(model: Blip) -> Plan:
+def everything(model: Any) -> Plan:
     units = neurons(model).units
     for a, b in zip(heads(model).units.items(), dimensions(model).units.values(), strict=True):
         units[a[0]] = a[1] & b
@@ -127,8 +143,8 @@ STRUCTURES = {
 
 
 @contextmanager
-def hooked(model: Blip, plan: Plan) -> Iterator[None]:
-    """Mask what the Linears give, not their weights; skip layers by handing on what they read."""
+def hooked(model: Any, plan: Plan) -> Iterator[None]:
+    """Mask what the Linears give, not their weights; let removed layers hand on what they read."""
     handles, patched = [], []
     for group in model.groups():
         if group.name in plan.units and plan.keeps(group):
@@ -139,13 +155,15 @@ def hooked(model: Blip, plan: Plan) -> Iterator[None]:
             for linear, times in parts.items():
                 mask = kept.repeat(times)
                 handles.append(linear.register_forward_hook(lambda m, i, out, mask=mask: out * mask))
+    for group in model.groups():
+        if not plan.keeps(group) and not (group.tower != "vision" and model.family.startswith("blip")):
+            # Before LayerNorms a layer without its two outputs hands on what it reads.
+            for linear in group.outer:
+                handles.append(linear.register_forward_hook(lambda m, i, out: out * 0))
     for tower in model.towers():
-        for path in tower.stacks:
+        for path in tower.stacks if model.family.startswith("blip") and tower.name != "vision" else ():
             for layer, kept in zip(model.get_submodule(path), plan.layers.get(tower.name, ()), strict=False):
                 if kept:
-                    continue
-                if tower.name == "vision":
-                    handles.append(layer.register_forward_hook(lambda m, inputs, out: inputs[0]))
                     continue
                 for block in (layer.attention, layer.crossattention):
                     block.output.forward = lambda context, x: x
@@ -181,7 +199,7 @@ def test_the_cut_model_is_the_masked_model(loaded, name, structure):
         layer.weight.numel() for layer in small.layers()
     )
     assert sum(p.numel() for p in small.parameters()) < before - gone  # biases go, too
-    assert small.tied == model.tied
+    assert getattr(small, "tied", None) == getattr(model, "tied", None)
     for group in small.groups():
         assert group.shape == tuple(s for s in group.shape if s > 0)
         for linear, _ in group.inner:
@@ -198,7 +216,11 @@ def test_a_cut_model_saves_and_reloads(loaded, tmp_path, name, structure):
     cut(small, STRUCTURES[structure](small))
     small.save(tmp_path)
     again = load_folder(tmp_path, name, None)
-    assert again.tied == small.tied and again.tasks == small.tasks and sizes(again) == sizes(small)
+    assert (
+        getattr(again, "tied", None) == getattr(small, "tied", None)
+        and again.tasks == small.tasks
+        and sizes(again) == sizes(small)
+    )
     first, second = outputs(small), outputs(again)
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert fingerprint(again.layers()) == fingerprint(small.layers())
@@ -213,7 +235,7 @@ def test_units_of_a_tied_model_are_one_group(loaded):
     assert [tower.name for tower in model.towers()] == ["vision", "text"]
     assert [tower.name for tower in loaded["vqa"].towers()] == ["vision", "text", "decoder"]
     assert [tower.name for tower in loaded["captioning"].towers()] == ["vision", "decoder"]
-    for model in loaded.values():  # every prunable weight belongs to one group, and to no other
+    for model in (loaded[name] for name in BLIPS):  # every prunable weight belongs to one group, and to no other
         linears = [linear for g in model.groups() for linear in (*(linear for linear, _ in g.inner), *g.outer)]
         assert {id(linear.weight) for linear in linears} == {id(layer.weight) for layer in model.layers()}
         crossed = [g.name for g in model.groups() if g.cross]
