@@ -24,9 +24,10 @@ LENGTH = 35  # tokens of a text, as in fine-tuning
 
 
 def flops(model: Model, task: str) -> dict[str, int]:
-    """Count the operations of one sample in each graph of a task.
+    """Count the operations of one run of each graph of a task, at batch size 1.
 
-    One image; texts of `LENGTH` tokens, prompts included; a decoder reads its text at once, without a cache.
+    Texts have `LENGTH` tokens, prompts included, where a graph does not fix their number; a decoder reads its text at
+    once, without a cache.
 
     Args:
         model: of any family; it is not changed.

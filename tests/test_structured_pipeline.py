@@ -381,6 +381,8 @@ def test_what_a_model_cannot_do(fails: Any, small_models: dict[str, Path], photo
     said = fails("compress", small_models["pretraining"], "--method", "mope", "--mope-stage", "task",
                  "--finetune", "none", *data)  # fmt: skip
     assert "nothing is fine-tuned" in said
+    said = fails("compress", small_models["pretraining"], "--method", "mope", "--mope-stage", "task", *data)
+    assert "a model for vqa cannot do" in said
 
 
 def test_a_plan_for_another_model(finished: Path, dense: Any, photos: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ from vlprune.structured import (
 )
 from vlprune.structured.plan import ROUND_TO
 from vlprune.training.distill import DistillWeights, Teacher
+from vlprune.training.finetune import FinetuneOptions
 from vlprune.training.mope import MopeOptions, measure, ways_of
 from vlprune.training.upop import SearchOptions, search
 
@@ -106,8 +108,8 @@ class Structured:
                     f"{name} measures cross-modal retrieval, and {self.recipe['model']} offers only "
                     f"{', '.join(model.tasks)}: choose another --method"
                 )
-            if self._measures_tasks and not self.stages.trains:
-                raise RequestError("--mope-stage task measures fine-tuned models, and nothing is fine-tuned here")
+            if self._measures_tasks:
+                self._settle_tasks()
             groups, towers = self._towers
             for ratio in self.recipe["ratios"]:
                 mope.plan_from(_no_errors(groups, towers), groups, towers, ratio, round_to=self.round_to)
@@ -117,6 +119,18 @@ class Structured:
             pools = {g.name: self.method.pool(g) for g in groups}
             for ratio in self.recipe["ratios"]:
                 choose(groups, same, ratio, pools=pools, round_to=self.round_to)
+
+    def _settle_tasks(self) -> None:
+        """Refuse tasks whose fine-tuned models cannot be measured."""
+        if not self.stages.trains:
+            raise RequestError("--mope-stage task measures fine-tuned models, and nothing is fine-tuned here")
+        for task in self.stages.tasks:
+            data = self.stages.data(task, "train")
+            if not isinstance(data, CaptionData) or not ways_of(meta_copy(self.stages.model).for_task(task)):
+                raise RequestError(
+                    f"--mope-stage task measures retrieval, which a model for {task} cannot do: leave {task} out of "
+                    "--tasks, or measure the model as given (--mope-stage pretraining)"
+                )
 
     # --- one plan for all tasks ------------------------------------------------------------------------------------
 
@@ -286,7 +300,7 @@ class Structured:
             plan = mope.plan_from(table, model.groups(), model.towers(), ratio, round_to=self.round_to)
         else:
             model = stages.model.for_task(task)
-            options = SearchOptions(stages.finetune_options(), round_to=self.round_to)
+            options = SearchOptions(self._search_options(model), round_to=self.round_to)
             data, label = stages.data(task, "train"), f"Searching {variant.id} {task}"
             plan, _ = search(model, task, data, ratio, options, state_dir=state, label=label)
             model.to("cpu")
@@ -301,6 +315,12 @@ class Structured:
         told = {**row, "dense_parameters": whole}
         return {"variants": [stages.row(variant, **row, per_task={task: told})]}
 
+    def _search_options(self, model: Model) -> FinetuneOptions:
+        """As fine-tuning, but at a third of its peak rate: a search's is constant. The authors' rates stay theirs."""
+        options = self.stages.finetune_options()
+        peak = options.lr or model.options.get("finetune", {}).get("lr")
+        return options if peak is None else replace(options, lr=peak / 3)
+
     def _measure_task(self, task: str) -> str:
         """Measure the fine-tuned dense model of a task, once for all ratios."""
         stages = self.stages
@@ -308,10 +328,9 @@ class Structured:
         key = {**stages.model_key, **self.stages.key("mope"), "data": self.recipe["data"][task]}
 
         def work() -> dict[str, Any]:
-            model, data = stages.build(tuned, task), stages.data(task, "train")
-            if not isinstance(data, CaptionData):
-                raise RequestError(f"--mope-stage task evaluates on captions, which {task} has none of: leave it out")
-            return self._measure(model, data, path, "task")
+            data = stages.data(task, "train")
+            assert isinstance(data, CaptionData)  # see `settle`
+            return self._measure(stages.build(tuned, task), data, path, "task")
 
         reuse = self.run.resume and path.is_file()
         self.run.stage(name, key, work, (f"finetune/{tuned.id}/{task}",), reuse)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vlprune.exporters.flops import LENGTH, flops, meta_copy
+from vlprune.models import load
 from vlprune.structured import Plan, cut
 
 
@@ -84,3 +85,22 @@ def test_copies_without_values(small, task):
     assert {p.device.type for p in light.parameters()} == {"meta"} == {b.device.type for b in light.buffers()}
     assert [p.shape for p in light.parameters()] == [p.shape for p in model.parameters()]  # shared ones once
     assert light.tied == model.tied and {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "gated"])
+def test_other_families(duals, vits, kind):
+    model = load(str((duals if kind in ("clip", "siglip") else vits)(kind).folder))
+    units = {g.name: torch.arange(g.shape[0]) < g.shape[0] // 2 for g in model.groups() if g.kind == "ffn"}
+    small = copy.deepcopy(model)
+    cut(small, Plan(units))
+    for task in model.tasks:
+        whole, left = flops(model, task), flops(small, task)
+        assert whole.keys() == left.keys() and all(0 < left[name] < whole[name] for name in whole)
+    if kind == "gated":  # its patches are of another size
+        return
+    group = next(g for g in model.groups() if g.kind == "ffn")
+    lost = sum(2 * linear.in_features * linear.out_features for linear, _ in group.inner) // 2
+    lost += sum(2 * linear.in_features * linear.out_features for linear in group.outer) // 2
+    graph = next(iter(whole))
+    tokens = (whole[graph] - left[graph]) / lost / sum(g.modality == "vision" for g in model.groups()) * 2
+    assert tokens == model.processor.image_size**2 // 64 + (kind != "siglip")  # patches of 8 pixels and [CLS]

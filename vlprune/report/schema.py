@@ -79,9 +79,9 @@ class Variant(TypedDict):
         finetuned: it was trained for each task after pruning.
         sparsity: what was reached.
         parameters: weights still physically there (masked ones are, surgically removed ones are not).
-        flops: task -> floating-point operations of one sample in all graphs of the task (one image, 35 tokens, no
-            cache), counted by torch.utils.flop_counter: matrix products, convolutions and attention, a multiply-add
-            being two. Masked weights are multiplied like any others.
+        flops: task -> floating-point operations of one run of every graph of the task, at batch size 1 and without a
+            cache, texts of 35 tokens where their number is free, counted by torch.utils.flop_counter: matrix products,
+            convolutions and attention, a multiply-add being two. Masked weights are multiplied like any others.
         per_task: task -> the figures above, which are then their means over tasks.
     """
 

@@ -40,8 +40,9 @@ ZEROS = (
 )
 STRUCTURED = (
     "Structured pruning removes whole heads, neurons or layers: the matrices are smaller, so that files are, too, and "
-    "any runtime has less to compute. FLOPs are those of one sample (one image, 35 tokens, no cache) in all graphs of "
-    "a task: matrix products, convolutions and attention, a multiply-add being two."
+    "any runtime has less to compute. FLOPs are those of one run of every graph of a task at batch size 1 (texts of 35 "
+    "tokens where their number is free, no cache): matrix products, convolutions and attention, a multiply-add being "
+    "two."
 )
 PACKED = (
     "Packed graphs (CPU only) skip the zeros. Their throughput ratio is what that gains in speed, fused attentions "
