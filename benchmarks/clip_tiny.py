@@ -33,7 +33,7 @@ from vlprune.training.pretrain import pretrain
 
 
 WEIGHTS = Path(__file__).parents[1] / "vlprune" / "models" / "weights" / "clip-tiny"
-OPTIONS = {"finetune": {"lr": 1e-3, "max_steps": 100, "batch_size": 128}}
+OPTIONS = {"finetune": {"lr": 1e-3, "max_steps": 100, "batch_size": 64}}
 JOINT, HEAD, PATCH, LENGTH = 128, 32, 16, 24  # width of the joint space, of a head; pixels; tokens
 VISION = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 192 // HEAD, "num_hidden_layers": 4}
 TEXT = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 128 // HEAD, "num_hidden_layers": 3}
