@@ -350,6 +350,34 @@ def test_cut_models_equal_masked_ones_and_reload(kind, duals, tmp_path):
     assert all(p.grad is not None for p in again.parameters())
 
 
+EXTREMES = {
+    "one head": lambda shape: torch.arange(shape[0])[:, None].expand(shape) == 2 if len(shape) == 2 else None,
+    "one dimension of each head": lambda shape: torch.arange(shape[1]).expand(shape) == 5 if len(shape) == 2 else None,
+    "one neuron": lambda shape: torch.arange(*shape) == 7 if len(shape) == 1 else None,
+    "one of everything": lambda shape: torch.arange(int(np.prod(shape))).view(shape) == 3,
+    "one layer": lambda shape: None,
+}
+
+
+@pytest.mark.parametrize("left", EXTREMES)
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_extreme_cuts_equal_masked_models(kind, left, duals, tmp_path):
+    from vlprune.structured import Plan, cut, zero
+
+    model = load(duals, kind)
+    units = {group.name: kept for group in model.groups() if (kept := EXTREMES[left](group.shape)) is not None}
+    layers = {"vision": torch.tensor([True, False]), "text": torch.tensor([False, True])} if "layer" in left else {}
+    plan = Plan({name: kept.clone() for name, kept in units.items()}, layers)
+    masked, given = copy.deepcopy(model), inputs(model)
+    zero(masked, plan)
+    cut(model, plan)
+    for ours, theirs in zip(embeds(model, given), embeds(masked, given), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    model.save(tmp_path)
+    assert all(map(torch.equal, embeds(vlprune.load(str(tmp_path)), given), embeds(model, given)))
+    assert all(len(steps().layers) == (1 if layers else 2) for steps in (model.image_tower, model.text_tower))
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_calibration_runs_every_layer_and_masks_padding(kind, duals):
     model = load(duals, kind)
