@@ -32,8 +32,8 @@ from vlprune.runtime.operators import DOMAIN
 
 __all__ = ["THRESHOLDS", "decode", "encode", "is_packed", "load", "pack", "resolve_target", "save", "unpack"]
 
-# Share of zeros from which a packed Linear counts as faster than a dense one, per instruction set. Estimates, until
-# benchmarks/sparse_cpu.py has measured where the two meet.
+# Share of zeros from which a packed Linear counts as faster than a dense one, per instruction set. Measured for AVX-512
+# from 16 tokens on (docs/results/sparse_cpu.md); estimates for the others.
 THRESHOLDS = {"avx512": 0.45, "avx2": 0.5, "portable": 0.6}
 SMALLEST = 64 * 64  # weights; smaller Linears stay dense
 VALUES: dict[str, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
