@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +39,6 @@ from vlprune.structured import (
 )
 from vlprune.structured.plan import ROUND_TO
 from vlprune.training.distill import DistillWeights, Teacher
-from vlprune.training.finetune import FinetuneOptions
 from vlprune.training.mope import MopeOptions, measure, ways_of
 from vlprune.training.upop import SearchOptions, search
 
@@ -300,7 +298,7 @@ class Structured:
             plan = mope.plan_from(table, model.groups(), model.towers(), ratio, round_to=self.round_to)
         else:
             model = stages.model.for_task(task)
-            options = SearchOptions(self._search_options(model), round_to=self.round_to)
+            options = SearchOptions(stages.finetune_options(), round_to=self.round_to)
             data, label = stages.data(task, "train"), f"Searching {variant.id} {task}"
             plan, _ = search(model, task, data, ratio, options, state_dir=state, label=label)
             model.to("cpu")
@@ -314,12 +312,6 @@ class Structured:
         shutil.rmtree(state, ignore_errors=True)
         told = {**row, "dense_parameters": whole}
         return {"variants": [stages.row(variant, **row, per_task={task: told})]}
-
-    def _search_options(self, model: Model) -> FinetuneOptions:
-        """As fine-tuning, but at a third of its peak rate: a search's is constant. The authors' rates stay theirs."""
-        options = self.stages.finetune_options()
-        peak = options.lr or model.options.get("finetune", {}).get("lr")
-        return options if peak is None else replace(options, lr=peak / 3)
 
     def _measure_task(self, task: str) -> str:
         """Measure the fine-tuned dense model of a task, once for all ratios."""
