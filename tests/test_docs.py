@@ -36,6 +36,14 @@ def test_readme_example() -> None:
     assert mask.shape == names["weight"].shape and int((~mask).sum()) == round(0.9 * mask.numel())
 
 
+def test_structured_example() -> None:
+    names: dict[str, Any] = {}
+    exec(example(ROOT / "docs" / "structured.md"), names)
+    left = sum(layer.weight.numel() for layer in names["model"].layers())
+    whole = sum(layer.weight.numel() for layer in names["load"]("clip-tiny").layers())
+    assert left / whole == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.skipif(not operators.available(), reason="the operator library is not built")
 def test_example_runs_without_this_package(tmp_path: Path) -> None:
     weight, bias = write_encoder(tmp_path / "image_encoder.onnx")
