@@ -222,6 +222,35 @@ def test_random_weights(small_models: dict[str, Path], photos: Path, tmp_path: P
     assert {g["graph"] for g in report["throughput"]} == {"image_encoder", "text_decoder"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "task"), [("clip", "retrieval"), ("siglip", "zero-shot"), ("gated", "classification")]
+)
+def test_other_families(
+    duals: Any, vits: Any, animals: Path, photos: Path, tmp_path: Path, kind: str, task: str
+) -> None:
+    folder = (vits if kind == "gated" else duals)(kind).folder
+    source = photos if task == "retrieval" else animals
+    calibration = animals if kind == "gated" else photos
+    options: dict[str, Any] = {
+        "ratios": [0.3],
+        "calibration": str(calibration),
+        "export": "onnx",
+        "max_steps": 2,
+        **HERE,
+    }
+    with short_timing():
+        report = pipeline.compress(
+            str(folder), output=tmp_path / "run", data={task: str(source)}, method="multiflow-structured",
+            bench_batches=[1], **options,
+        )  # fmt: skip
+    name = "multiflow-structured-0.3"
+    assert row(report, name)["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.06)
+    assert row(report, name)["parameters"] < row(report, "dense")["parameters"]
+    assert all(g["bytes"] < g["dense_bytes"] for g in report["graphs"] if g["variant"] == f"{name}-finetuned")
+    small = loading.load(str(tmp_path / "run" / "checkpoints" / f"{name}-finetuned" / task), **PLAIN)
+    assert sizes(small)
+
+
 # --- plans found by evaluating or by training -------------------------------------------------------------------------
 
 
@@ -372,7 +401,12 @@ def test_options_of_other_methods(fails: Any, small_models: dict[str, Path], opt
     assert says in fails("prune", small_models["vqa"], "--ratio", "0.5", *options)
 
 
-def test_what_a_model_cannot_do(fails: Any, small_models: dict[str, Path], photos: Path) -> None:
+def test_what_a_model_cannot_do(
+    fails: Any, small_models: dict[str, Path], photos: Path, vits: Any, animals: Path
+) -> None:
+    said = fails("compress", vits("vit").folder, "--method", "mope", "--ratio", "0.3", "--calibration", animals,
+                 "--data", f"classification={animals}")  # fmt: skip
+    assert "mope measures cross-modal retrieval" in said and "offers only classification" in said
     data = ["--data", f"vqa={photos}", "--calibration", photos, "--ratio", "0.3"]
     said = fails("compress", small_models["vqa"], "--method", "mope", *data)
     assert "mope measures cross-modal retrieval" in said and "offers only vqa" in said
