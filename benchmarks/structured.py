@@ -397,7 +397,8 @@ def main() -> int:
                 "rows": rows,
             }
         if args.accuracy or args.both:
-            kept = [row for row in parts.get("accuracy", {}).get("rows", []) if row["model"] not in args.models]
+            again = {(model, method) for model in args.models for method in args.methods}
+            kept = [r for r in parts.get("accuracy", {}).get("rows", []) if (r["model"], r["method"]) not in again]
             rows = [*kept, *accuracy(args)]
             parts["accuracy"] = {"command": command, "environment": environment(args.threads), "rows": rows}
     except VlpruneError as error:
