@@ -302,7 +302,14 @@ with atomic_path({str(tmp_path / "run" / "file")!r}) as path:
     path.write_text("half")
     print("ready", flush=True)
     time.sleep(60)"""
-    process = subprocess.Popen(_script(tmp_path, body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        _script(tmp_path, body),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run as a shell's background job, interrupts are ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
