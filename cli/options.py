@@ -438,7 +438,7 @@ MopeStage = Annotated[
 ]
 MopePairs = Annotated[
     int | None,
-    typer.Option("--mope-pairs", min=2, metavar="N", help="mope: evaluate on N images with captions; default 50."),
+    typer.Option("--mope-pairs", min=2, metavar="N", help="mope: evaluate on N images with captions; default 100."),
 ]
 Distill = Annotated[
     Weights | None,

@@ -500,7 +500,7 @@ def _structured_recipe(
     if method in STRUCTURED:
         found["pattern"] = PATTERN
     if method == "mope":
-        found["mope"] = {"stage": "pretraining", "pairs": 50, "groups": 8} | (mope or {})
+        found["mope"] = {"stage": "pretraining", "pairs": 100, "groups": 8} | (mope or {})
         found["distill"] = [1.0, 1000.0, 1.0] if distill is None else found["distill"]
         if found["mope"]["stage"] not in ("pretraining", "task"):
             raise RequestError(f"mope has no stage {found['mope']['stage']!r}: choose pretraining or task")

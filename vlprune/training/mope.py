@@ -53,7 +53,7 @@ class MopeOptions:
         seed: of the choice of pairs.
     """
 
-    pairs: int = 50
+    pairs: int = 100
     groups: int = 8
     neurons: int | None = None
     candidates: int = 3
