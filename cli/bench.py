@@ -8,7 +8,7 @@ def bench(
     run: o.Run,
     tasks: o.Tasks = None,
     provider: o.Providers = o.CPU,
-    bench_batch: o.BenchBatches = o.BATCHES,
+    batch: o.Batches = o.BATCHES,
     seconds: o.Seconds = None,
     threads: o.Threads = None,
     resume: o.Resume = False,
@@ -20,7 +20,7 @@ def bench(
 
     \b
     Example:
-      vlprune bench run --bench-batch 1,8,32 --threads 2 --seconds 10
+      vlprune bench run --batch 1,8,32 --threads 2 --seconds 10
     """
     from vlprune import pipeline
     from vlprune.report.terminal import print_report
@@ -29,7 +29,7 @@ def bench(
         run,
         tasks=o.as_list(tasks),
         providers=list(provider),
-        bench_batches=list(bench_batch),
+        bench_batches=list(batch),
         seconds=seconds,
         threads=threads,
         resume=resume,

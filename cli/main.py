@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from vlprune import __version__
-from vlprune.cli import bench, compress, export, finetune, inspect, methods, models, prune, validate
+from vlprune.cli import bench, compress, doctor, export, finetune, inspect, methods, models, prune, validate
 from vlprune.errors import MachineError, VlpruneError
 
 
@@ -40,6 +40,7 @@ for _verb in (
     inspect.inspect,
     models.models,
     methods.methods,
+    doctor.doctor,
 ):
     app.command()(_verb)
 

@@ -329,6 +329,37 @@ def check_run(path: Path) -> Path:
     return path
 
 
+def check_providers(chosen: Names) -> Names:
+    """Refuse providers that cannot start here, before anything heavy is imported.
+
+    Args:
+        chosen: names of providers.
+
+    Returns:
+        Names: `chosen`.
+    """
+    from vlprune.machine import require_provider
+
+    for provider in chosen:
+        require_provider(provider)
+    return chosen
+
+
+def check_device(device: str) -> str:
+    """Refuse a GPU that PyTorch cannot have, before it is imported.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        str: `device`.
+    """
+    from vlprune.machine import require_device
+
+    require_device(device)
+    return device
+
+
 def check_output(path: Path) -> Path:
     """Refuse a folder that cannot be written to, before any work.
 
@@ -524,6 +555,7 @@ Providers = Annotated[
     typer.Option(
         "--provider",
         parser=parse_providers,
+        callback=check_providers,
         metavar="P[,P...]",
         help="ONNX Runtime providers: cpu, cuda, tensorrt.",
     ),
@@ -541,7 +573,10 @@ ImageSize = Annotated[
     int | None,
     typer.Option("--image-size", min=16, metavar="PIXELS", help="Interpolate the position embeddings to this side."),
 ]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where PyTorch computes.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option("--device", callback=check_device, help="Where PyTorch computes."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Seed of everything random.")]
 RunSeed = Annotated[
     int | None, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Seed of the fine-tuning.")
@@ -555,6 +590,16 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", he
 BenchBatches = Annotated[
     Sizes,
     typer.Option(
+        "--bench-batch",
+        parser=parse_sizes,
+        metavar="N[,N...]",
+        help="Batch sizes of the throughput table.",
+    ),
+]
+Batches = Annotated[  # `bench` has no other batches
+    Sizes,
+    typer.Option(
+        "--batch",
         "--bench-batch",
         parser=parse_sizes,
         metavar="N[,N...]",

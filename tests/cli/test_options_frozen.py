@@ -10,7 +10,9 @@ from vlprune.cli.main import app
 
 
 ROOT = Path(__file__).parents[2]
-OF_OTHERS = {"--force-reinstall", "--format", "--no-cache-dir", "--no-deps", "--query-gpu"}  # of pip and nvidia-smi
+OF_OTHERS = {  # of pip, nvidia-smi and docker
+    "--force-reinstall", "--format", "--gpus", "--no-cache-dir", "--no-deps", "--query-gpu",
+}  # fmt: skip
 
 
 FROZEN = {
@@ -116,7 +118,7 @@ FROZEN = {
         "run",
         "--tasks",
         "--provider",
-        "--bench-batch",
+        "--bench-batch/--batch",
         "--seconds",
         "--threads",
         "--resume",
@@ -125,6 +127,7 @@ FROZEN = {
     "inspect": {"path", "--json"},
     "models": {"--json"},
     "methods": {"--json"},
+    "doctor": {"--json"},
 }
 
 

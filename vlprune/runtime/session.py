@@ -113,6 +113,29 @@ def session(path: Path | str, provider: str = "cpu", threads: int | None = None)
     return opened
 
 
+def open_bytes(model: bytes, provider: str = "cpu", threads: int | None = 1) -> onnxruntime.InferenceSession:
+    """Open a graph that is in memory.
+
+    Args:
+        model: a serialised ModelProto, its weights included.
+        provider: see `session`.
+        threads: see `session`.
+
+    Returns:
+        onnxruntime.InferenceSession: it really has the provider.
+
+    Raises:
+        RequestError: ONNX Runtime refuses the graph.
+        MachineError: the provider cannot be used here.
+    """
+    check_provider(provider)
+    with refusals("a graph cannot be used by ONNX Runtime"):
+        opened = _open(model, provider, threads)
+    if _CHAINS[provider][0] not in opened.get_providers():
+        raise MachineError(f"a graph does not run on provider {provider}, onnxruntime fell back: use --provider cpu")
+    return opened
+
+
 class OnnxGraph:
     """An ONNX graph as a function from named arrays to named arrays.
 
