@@ -91,9 +91,8 @@ def rows_of(report: dict[str, Any], tasks: tuple[str, ...] = TASKS) -> dict[str,
         "throughput": [
             (row["variant"], row["graph"], row["batch"]) for row in report["throughput"] if row["task"] in tasks
         ],
-        "stages": [
-            row["name"] for row in report["stages"] if row["name"].count("/") < 2 or row["name"].split("/")[2] in tasks
-        ],
+        "samples": [row for row in report["samples"] if row["task"] in tasks],
+        "stages": [row["name"] for row in report["stages"] if not {*row["name"].split("/")} & {*TASKS} - {*tasks}],
     }
 
 
@@ -122,7 +121,9 @@ def test_every_variant_and_task_is_in_the_report(finished: Path) -> None:
     assert timed == {row for row in graphs if row[0] != "dense-finetuned"}
     assert {row["provider"] for row in report["throughput"]} == {"cpu"}
     kinds = [row["name"].split("/")[0] for row in report["stages"]]
-    assert list(dict.fromkeys(kinds)) == ["statistics", "prune", "finetune", "score", "export", "validate", "bench"]
+    assert list(dict.fromkeys(kinds)) == [
+        "statistics", "prune", "finetune", "score", "export", "validate", "samples", "bench",
+    ]  # fmt: skip
     assert report["model"]["family"] == "blip" and not report["model"]["random_weights"]
     assert all(row["n"] == (12 if row["task"] == "vqa" else 4) for row in report["metrics"])
 

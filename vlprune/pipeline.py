@@ -134,6 +134,7 @@ def compress(
         _export(stages)
         _validate(stages)
         _bench(stages)
+    _samples(stages)
     return stages.report()
 
 
@@ -244,6 +245,7 @@ def finetune(
     _check_device(device)
     stages = _reopen(run, data, tasks, resume, changes)
     _train_and_score(stages)
+    _samples(stages)
     return stages.report()
 
 
@@ -337,6 +339,7 @@ def validate(
     stages = _reopen(run, data, tasks, resume, changes)
     stages.batch = batch_size or stages.batch
     _validate(stages)
+    _samples(stages)
     _bench(stages)
     return stages.report()
 
@@ -416,6 +419,11 @@ def _validate(stages: Stages) -> None:
         return
     for variant, task, provider, form in stages.served():
         stages.validate(variant, task, provider, form)
+
+
+def _samples(stages: Stages) -> None:
+    for task in stages.tasks:
+        stages.samples(task)
 
 
 def _bench(stages: Stages) -> None:

@@ -30,9 +30,10 @@ from vlprune.report.markdown import render_markdown
 from vlprune.report.schema import SCHEMA_VERSION, validate_report
 
 
-ROWS = ("variants", "metrics", "graphs", "throughput")
+ROWS = ("variants", "metrics", "graphs", "throughput", "samples")
 KINDS = (  # in the order of the report
-    "statistics", "measure", "prune", "checkpoint", "finetune", "score", "export", "pack", "validate", "bench",
+    "statistics", "measure", "prune", "checkpoint", "finetune", "score", "export", "pack", "validate", "samples",
+    "bench",
 )  # fmt: skip
 RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later verbs find it
     "model": str,
@@ -67,7 +68,10 @@ OLDER: dict[str, Any] = {  # what older recipes leave out
     "pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None, "round_widths": True, "mope": {},
     "distill": None,
 }  # fmt: skip
-OWN = ("stages", "masks", "checkpoints", "onnx", "training", "statistics.safetensors", "report.json", "report.md")
+OWN = (
+    "stages", "masks", "checkpoints", "onnx", "training", "samples", "statistics.safetensors", "report.json",
+    "report.md", "report.html",
+)  # fmt: skip
 
 
 class Run:

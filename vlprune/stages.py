@@ -45,6 +45,7 @@ from vlprune.pruning import Layer, Pruned, get_method, prune_layers_at
 from vlprune.pruning.masks import load_masks, save_masks, sparsity_summary
 from vlprune.pruning.patterns import Pattern
 from vlprune.pruning.statistics import InputNorms, load_statistics, save_statistics
+from vlprune.report.samples import CANDIDATES, choose_samples, image_file, write_thumbnail
 from vlprune.report.summary import DYNAMIC
 from vlprune.run import Run
 from vlprune.runtime.session import load_graphs
@@ -538,9 +539,9 @@ class Stages:
         model = self.build(variant, task).to(self.device)
         graphs = exporters.torch_graphs(model, task)
         where = {"runtime": "pytorch", "provider": self.device.type}
-        return {"metrics": [self._metrics(variant, task, graphs, self.spec(model, task), where)]}
+        return self._scored(variant, task, graphs, self.spec(model, task), where)
 
-    def _metrics(
+    def _scored(
         self,
         variant: Variant,
         task: str,
@@ -561,7 +562,9 @@ class Stages:
             "values": scores.values,
             "ci95": {name: list(bounds) for name, bounds in scores.ci95.items()},
         }
-        return {**row, "skipped": data.skipped} if data.skipped else row
+        if data.skipped:
+            row["skipped"] = data.skipped
+        return {"metrics": [row], "outputs": scores.outputs[:CANDIDATES]}
 
     # --- ONNX ------------------------------------------------------------------------------------------------------
 
@@ -656,7 +659,33 @@ class Stages:
         graphs = load_graphs(self._graphs(variant, task, form), provider, self.recipe["threads"])
         spec = read_json(self._graphs(variant, task) / "task.json")
         where = {"runtime": "onnxruntime", "provider": provider}
-        return {"metrics": [self._metrics(variant, task, graphs, spec, where, form)]}
+        return self._scored(variant, task, graphs, spec, where, form)
+
+    def samples(self, task: str) -> None:
+        """Choose test samples that show what the variants scored so far make of them, and keep small images of them."""
+        scored = [
+            record
+            for record in self.run.records()
+            if record["name"].startswith(("score/", "validate/")) and record["name"].split("/")[2] == task
+        ]
+        scored = [record for record in scored if record["rows"].get("outputs")]  # older records have none
+        if scored:
+            reuse = self.run.resume and (self.run.folder / "samples" / task).is_dir()
+            needs = tuple(record["name"] for record in scored)
+            work = partial(self._samples, task, [record["rows"] for record in scored])
+            self.run.stage(f"samples/{task}", self._test_key(task), work, needs, reuse)
+
+    def _samples(self, task: str, scored: list[dict[str, Any]]) -> dict[str, Any]:
+        data = self.data(task, "test")
+        alike = {"dataset": data.name, "skipped": data.skipped}  # else places in the data mean other samples
+        found = [(row["metrics"][0], row["outputs"]) for row in scored]
+        found = [(row, outputs) for row, outputs in found if {"skipped": 0, **row}.items() >= alike.items()]
+        rows, shown = choose_samples(task, data, found)
+        with atomic_path(self.run.folder / "samples" / task) as temporary:
+            temporary.mkdir()
+            for image in shown:
+                write_thumbnail(data.images[image], temporary / Path(image_file(task, image)).name)
+        return {"samples": rows}
 
     def bench(self, variant: Variant, task: str, provider: str, form: str = PLAIN) -> None:
         """Time every graph of a variant, in one of its forms, against the plain dense one."""
@@ -703,5 +732,6 @@ class Stages:
             "parameters": sum(p.numel() for p in model.parameters()),
             "prunable_parameters": sum(layer.weight.numel() for layer in layers),
             "random_weights": source.random_weights,
+            "modalities": {layer.name: layer.modality for layer in layers},
         }
         return self.run.report(described, self.recipe["threads"])

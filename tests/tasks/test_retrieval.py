@@ -63,7 +63,7 @@ def test_oracle(processor):
     scores, model = run(processor, make_data(12), owner_table(12))
     assert set(scores.values.values()) == {1.0}
     assert scores.n == 12
-    assert scores.outputs[3] == {"i2t_rank": 1, "t2i_ranks": [1, 1, 1]}
+    assert scores.outputs[3] == {"i2t_rank": 1, "t2i_ranks": [1, 1, 1], "text": "image3", "image": 3}
     assert model.pairs == []  # nothing re-ranked
 
 
@@ -79,7 +79,9 @@ def test_reranking_repairs_the_order(processor):
     similarity = 0.5 * owner_table(images) + np.roll(owner_table(images), 3, axis=1)  # the neighbour's texts win
     before, _ = run(processor, make_data(images), similarity)
     assert before.values["i2t_r1"] == before.values["t2i_r1"] == 0.0
+    assert (before.outputs[0]["text"], before.outputs[3]["image"]) == ("image1", 2)
     after, _ = run(processor, make_data(images), similarity, 5 * owner_table(images), rerank=4)
+    assert (after.outputs[0]["text"], after.outputs[3]["image"]) == ("image0", 3)
     assert after.values["i2t_r1"] == after.values["t2i_r1"] == 1.0
 
 

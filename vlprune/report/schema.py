@@ -28,6 +28,7 @@ class Model(TypedDict):
         parameters: number of weights, shared ones counted once.
         prunable_parameters: those in prunable layers, shared ones counted once.
         random_weights: the weights are random: speed and memory mean something, accuracy does not.
+        modalities: prunable layer -> its modality, in the order of the model.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Model(TypedDict):
     parameters: int
     prunable_parameters: int
     random_weights: bool
+    modalities: NotRequired[dict[str, str]]
 
 
 class Sparsity(TypedDict):
@@ -213,6 +215,64 @@ class Throughput(TypedDict):
     weights: NotRequired[str]
 
 
+class Output(TypedDict):
+    """What one variant made of a sample.
+
+    Attributes:
+        variant: see `Metrics`.
+        runtime: see `Metrics`.
+        provider: see `Metrics`.
+        precision: see `Metrics`.
+        packed: see `Metrics`.
+        weights: see `Metrics`.
+        text: the caption, answer, class, or text found; "" where an image was to be found.
+        image: thumbnail of the image found.
+        correct: 1 right, 0 wrong, between them by the official VQA accuracy; captions are neither.
+        rank: of the first right candidate, 1 = first.
+    """
+
+    variant: str
+    runtime: Literal["pytorch", "onnxruntime"]
+    provider: str
+    precision: str
+    packed: bool
+    weights: NotRequired[str]
+    text: str
+    image: NotRequired[str]
+    correct: NotRequired[float]
+    rank: NotRequired[int]
+
+
+class Sample(TypedDict):
+    """One test sample, chosen by `vlprune.report.samples`, with the outputs of every variant that was scored on it.
+
+    Attributes:
+        task: see `Metrics`.
+        dataset: see `Metrics`.
+        sample: its place in the test data, from 0.
+        images: thumbnails (JPEG) of the images that the model was given: paths inside the run directory, with "/".
+        question: the question, sentence or text that it was given, else "".
+        expected: what is right: the captions, answers, class, "true" or "false"; empty where an image was to be found.
+        image: thumbnail of the image that was to be found.
+        outputs: one per row of `metrics` on this task, as far as outputs were kept.
+        differs: models disagree on it (the fine-tuned ones, where there are any).
+        differing: on how many of the candidates they disagree.
+        candidates: how many test samples this one was chosen from: the first ones.
+    """
+
+    task: str
+    dataset: str
+    sample: int
+    images: list[str]
+    question: str
+    expected: list[str]
+    image: NotRequired[str]
+    outputs: list[Output]
+    differs: bool
+    differing: int
+    candidates: int
+
+
 class Stage(TypedDict):
     """What one stage cost.
 
@@ -255,6 +315,7 @@ class Report(TypedDict):
         metrics: one row per variant, task, runtime; empty when the weights are random.
         graphs: one row per ONNX file.
         throughput: one row per graph, provider and batch size.
+        samples: a few test samples per task; reports from before this key lack it.
         stages: one row per stage, in order.
         environment: the machine.
     """
@@ -266,6 +327,7 @@ class Report(TypedDict):
     metrics: list[Metrics]
     graphs: list[Graph]
     throughput: list[Throughput]
+    samples: NotRequired[list[Sample]]
     stages: list[Stage]
     environment: Environment
 
@@ -367,13 +429,23 @@ def _contradictions(report: Report) -> Iterator[str]:
             elif len(interval) != 2 or interval[0] > interval[1]:
                 yield f"metrics[{index}].ci95.{metric} is not [low, high]"
     for index, graph in enumerate(report["graphs"]):
-        file = PurePosixPath(graph["file"])
-        if file.is_absolute() or ".." in file.parts:
+        if _leaves(graph["file"]):
             yield f"graphs[{index}].file leaves the run directory"
         if not 0 <= graph["nonzero_fraction"] <= 1:
             yield f"graphs[{index}].nonzero_fraction is outside 0 to 1"
     for index, timed in enumerate(report["throughput"]):
         if len(timed["ratio_ci95"]) != 2 or timed["ratio_ci95"][0] > timed["ratio_ci95"][1]:
             yield f"throughput[{index}].ratio_ci95 is not [low, high]"
+    for index, sample in enumerate(report.get("samples", [])):
+        parts = (sample, *sample["outputs"])
+        if any(map(_leaves, [*sample["images"], *(part["image"] for part in parts if "image" in part)])):
+            yield f"samples[{index}] names an image outside the run directory"
+        if any(output["variant"] not in ids for output in sample["outputs"]):
+            yield f"samples[{index}] names an unknown variant"
     if report["model"]["random_weights"] and report["metrics"]:
         yield "metrics are given although the weights are random"
+
+
+def _leaves(file: str) -> bool:
+    path = PurePosixPath(file)
+    return path.is_absolute() or ".." in path.parts

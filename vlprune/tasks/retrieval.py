@@ -48,8 +48,9 @@ def evaluate(
         seed: of the bootstrap.
 
     Returns:
-        Scores: the recalls; per image an output with `i2t_rank`, the rank of its best caption, and `t2i_ranks`, its
-            rank for each of its captions (1 = first).
+        Scores: the recalls; per image an output with `i2t_rank`, the rank of its best caption, `t2i_ranks`, its rank
+            for each of its captions (1 = first), `text`, the text found first for it, and `image`, the index of the
+            image found first for its first caption.
     """
     owners = np.repeat(np.arange(len(data.captions)), [len(captions) for captions in data.captions])
     texts = [caption for captions in data.captions for caption in captions]
@@ -70,18 +71,23 @@ def evaluate(
         ids[:, 0] = spec["enc_token_id"]
         logits = _match(graphs, states, ids, mask, *np.divmod(pairs, len(texts)), batch_size)
 
-    def rank(scores: np.ndarray, best: np.ndarray, codes: np.ndarray, matches: np.ndarray) -> int:
-        return match_rank(_reranked(scores, best, logits[np.searchsorted(pairs, codes)]), matches)
+    def rank(scores: np.ndarray, best: np.ndarray, codes: np.ndarray, matches: np.ndarray) -> tuple[int, int]:
+        """Rank of the match, and which candidate is the first."""
+        scores = _reranked(scores, best, logits[np.searchsorted(pairs, codes)])
+        return match_rank(scores, matches), int(np.argmax(np.nan_to_num(scores, nan=-np.inf)))
 
-    captions = captions_of(owners, len(similarity))
-    image_ranks = np.array([rank(*found) for found in zip(similarity, best_texts, text_pairs, captions, strict=True)])
-    own_images = owners[:, None]
-    text_ranks = np.array(
-        [rank(*found) for found in zip(similarity.T, best_images, image_pairs, own_images, strict=True)]
-    )
+    captions, own_images = captions_of(owners, len(similarity)), owners[:, None]
+    of_images = [rank(*found) for found in zip(similarity, best_texts, text_pairs, captions, strict=True)]
+    of_texts = [rank(*found) for found in zip(similarity.T, best_images, image_pairs, own_images, strict=True)]
+    image_ranks, text_ranks = (np.array([found for found, _ in ranked]) for ranked in (of_images, of_texts))
     outputs = [
-        {"i2t_rank": int(image_rank), "t2i_ranks": text_ranks[own].tolist()}
-        for image_rank, own in zip(image_ranks, captions, strict=True)
+        {
+            "i2t_rank": image_rank,
+            "t2i_ranks": text_ranks[own].tolist(),
+            "text": texts[text],
+            "image": of_texts[own[0]][1],
+        }
+        for (image_rank, text), own in zip(of_images, captions, strict=True)
     ]
     return replace(recall_scores(image_ranks, text_ranks, owners, seed), outputs=outputs)
 
