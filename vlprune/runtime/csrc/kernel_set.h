@@ -10,7 +10,7 @@ struct KernelSet {
   int width;            // W
   int vectors;          // vectors per token tile, at most: 1-row groups
   int vectors_grouped;  // the same for 4-row groups, whose sums take four times the registers
-  int row_tokens;       // up to so many tokens go one by one through `rows` instead of through tiles
+  int row_tokens;       // up to so many tokens, 4 at most, go through `row` instead of through tiles
 
   // norm(x [K]) -> y [K].
   void (*normalise)(const Norm& norm, const float* x, int64_t K, float* y);
@@ -30,8 +30,10 @@ struct KernelSet {
   void (*finish)(const SparseWeights& weights, int64_t panel, const float* sums, int tokens, int vectors,
                  const float* residual, float* y);
 
-  // The outputs of one panel for one token. `sums`: [panel] floats.
-  void (*row)(const SparseWeights& weights, int64_t panel, const float* x, const float* residual, float* y,
+  // The outputs of one panel for few tokens: x [K] for one token, else [K, 4], tokens side by side. `sums`: memory for
+  // kRowFloats floats per row of the panel.
+  static constexpr int kRowFloats = 16;
+  void (*row)(const SparseWeights& weights, int64_t panel, const float* x, int tokens, const float* residual, float* y,
               float* sums);
 
   // One head of one sample. `memory`: attention_floats(shape) floats.

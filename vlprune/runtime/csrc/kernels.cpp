@@ -210,22 +210,27 @@ int64_t blocks_of(const SparseWeights& w) { return (w.K + w.block - 1) / w.block
 int64_t panels_of(const SparseWeights& w) { return (w.N + w.panel - 1) / w.panel; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Few tokens go one by one, each panel by itself.
+// Few tokens, each panel by itself.
 void rows(const KernelSet& set, const SparseWeights* first, const SparseWeights& w, const Norm* norm, const float* x,
           int64_t tokens, const float* residual, float* y, ParallelFor parallel, void* pool) {
-  const int64_t K = first ? first->K : w.K, between = first ? w.K : 0, kept = between + (norm ? K : 0);
-  float* hidden = kept ? shared_memory.floats(tokens * kept) : nullptr;
-  if (kept && !hidden) throw std::bad_alloc();
+  const int64_t K = first ? first->K : w.K, between = first ? w.K : 0, side = tokens > 1 ? 4 : 1;
+  const int64_t normed = norm ? K : 0, beside = side > 1 ? std::max(K, between) * side : 0;
+  float* memory = shared_memory.floats(tokens * (between + normed) + beside + 1);
+  if (!memory) throw std::bad_alloc();
+  float *hidden = memory, *inputs = hidden + tokens * between, *interleaved = inputs + tokens * normed;
   if (norm) {
-    float* normed = hidden + tokens * between;
-    for (int64_t t = 0; t < tokens; ++t) set.normalise(*norm, x + t * K, K, normed + t * K);
-    x = normed;
+    for (int64_t t = 0; t < tokens; ++t) set.normalise(*norm, x + t * K, K, inputs + t * K);
+    x = inputs;
   }
   auto layer = [&](const SparseWeights& weights, const float* from, const float* add, float* to) {
+    if (side > 1) {
+      for (int64_t k = 0; k < weights.K; ++k)
+        for (int64_t t = 0; t < side; ++t) interleaved[k * side + t] = t < tokens ? from[t * weights.K + k] : 0.f;
+      from = interleaved;
+    }
     run(parallel, pool, panels_of(weights), [&](int64_t panel) {
-      float* sums = own_memory.floats(weights.panel);
-      for (int64_t t = 0; sums && t < tokens; ++t)
-        set.row(weights, panel, from + t * weights.K, add ? add + t * weights.N : nullptr, to + t * weights.N, sums);
+      float* sums = own_memory.floats(weights.panel * KernelSet::kRowFloats);
+      if (sums) set.row(weights, panel, from, static_cast<int>(tokens), add, to, sums);
       return sums != nullptr;
     });
   };

@@ -13,6 +13,8 @@
 //   F within(F x, float most)               x, its magnitude at most that; anything for NaN
 //   F scaled(F p, F n)                      p 2^n for whole n in [-150, 128], infinity and subnormals included
 //   F reciprocal(F)                         1 / x to 2e-7 for normal x whose reciprocal is normal; NaN stays
+//   template <class T> bool look_up_panel(weights, panel, const T* values, x, sums)
+//                                           one token's sums [panel's rows] with x in registers, or false: not possible
 //
 // No function of the standard library is called that might be inlined here and shared with other files.
 
@@ -427,9 +429,47 @@ void activate(const SparseWeights& w, int64_t panel, int vectors, float* sums) {
   for (int64_t i = 0; i < end; i += W) store(sums + i, activated(load(sums + i), w.activation));
 }
 
-// --- one token --------------------------------------------------------------------------------------------------------
+// --- few tokens -------------------------------------------------------------------------------------------------------
 
-// A gather of W floats costs about as much as W loads on most processors, so plain loads it is.
+typedef float Four __attribute__((vector_size(16)));
+typedef float FourU __attribute__((vector_size(16), aligned(1), may_alias));
+
+inline Four four(const float* p) { return *reinterpret_cast<const FourU*>(p); }
+inline Four four(const uint16_t* p) {
+#if defined(__F16C__)
+  return (Four)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return Four{widen(at(p)), widen(at(p + 1)), widen(at(p + 2)), widen(at(p + 3))};
+#endif
+}
+
+// What the sums begin with: the bias, for each of `side` tokens.
+inline void begin(const SparseWeights& w, int64_t n0, int64_t n, int side, float* sums) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int t = 0; t < side; ++t) sums[i * side + t] = w.bias ? at(w.bias + n0 + i) : 0.f;
+}
+
+// Hands run(row, count, values, indices, x) every row of a panel, block by block; x begins at the block's columns.
+template <class T, class Run>
+inline void each_row(const SparseWeights& w, int64_t panel, const float* x, int side, const Run& run) {
+  const int64_t blocks = (w.K + w.block - 1) / w.block, n0 = panel * w.panel;
+  const int n = static_cast<int>(least(w.panel, w.N - n0)) / w.group;
+  int64_t list = (n0 / w.group) * blocks;
+  const int64_t start = w.offsets[panel * blocks];
+  const T* values = static_cast<const T*>(w.values) + start * w.group;
+  const uint8_t* indices = w.indices + start;
+  for (int64_t b = 0; b < blocks; ++b, x += w.block * side) {
+    for (int r = 0; r < n; ++r, ++list) {
+      const int count = at(w.counts + list);
+      __builtin_prefetch(reinterpret_cast<const char*>(values) + kAheadBytes);
+      __builtin_prefetch(indices + kAheadBytes);
+      run(w.rows[list], count, values, indices, x);
+      values += count * w.group;
+      indices += count;
+    }
+  }
+}
+
 template <class T>
 inline float dot(const T* values, const uint8_t* indices, int count, const float* x) {
   float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
@@ -444,52 +484,83 @@ inline float dot(const T* values, const uint8_t* indices, int count, const float
   return (s0 + s1) + (s2 + s3);
 }
 
+// One token: x [K] -> sums [n].
 template <class T>
-void row_of(const SparseWeights& w, int64_t panel, const float* x, float* sums) {
-  const int64_t blocks = (w.K + w.block - 1) / w.block, n0 = panel * w.panel;
-  const int n = static_cast<int>(least(w.panel, w.N - n0)) / w.group;
-  for (int i = 0; i < n * w.group; ++i) sums[i] = w.bias ? at(w.bias + n0 + i) : 0.f;
-  int64_t start = w.offsets[panel * blocks], list = (n0 / w.group) * blocks;
-  const T* values = static_cast<const T*>(w.values) + start * w.group;
-  const uint8_t* indices = w.indices + start;
-  for (int64_t b = 0; b < blocks; ++b, x += w.block) {
-    for (int r = 0; r < n; ++r, ++list) {
-      const int row = w.rows[list];
-      int count = at(w.counts + list);
-      if (w.group == 4) {
-        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-        for (; count; --count, ++indices, values += 4) {
-          const float xi = x[*indices];
-          s0 += widen(at(values)) * xi;
-          s1 += widen(at(values + 1)) * xi;
-          s2 += widen(at(values + 2)) * xi;
-          s3 += widen(at(values + 3)) * xi;
-        }
-        float* out = sums + 4 * row;
-        out[0] += s0, out[1] += s1, out[2] += s2, out[3] += s3;
-        continue;
+void one(const SparseWeights& w, int64_t panel, const float* x, float* sums) {
+  const int64_t n0 = panel * w.panel, n = least(w.panel, w.N - n0);
+  if (w.group == 4) {
+    begin(w, n0, n, 1, sums);
+    return each_row<T>(w, panel, x, 1, [&](int row, int count, const T* values, const uint8_t* indices, const float* x) {
+      Four sum = four(sums + 4 * row), other{};
+      int i = 0;
+      for (; i + 2 <= count; i += 2) {
+        sum += four(values + 4 * i) * x[indices[i]];
+        other += four(values + 4 * i + 4) * x[indices[i + 1]];
       }
-      sums[row] += dot(values, indices, count, x);
-      values += count;
-      indices += count;
-    }
+      if (i < count) sum += four(values + 4 * i) * x[indices[i]];
+      *reinterpret_cast<FourU*>(sums + 4 * row) = sum + other;
+    });
   }
+  if (look_up_panel(w, panel, static_cast<const T*>(w.values), x, sums)) return;
+  begin(w, n0, n, 1, sums);
+  each_row<T>(w, panel, x, 1, [&](int row, int count, const T* values, const uint8_t* indices, const float* x) {
+    sums[row] += dot(values, indices, count, x);
+  });
 }
 
-void row(const SparseWeights& w, int64_t panel, const float* x, const float* residual, float* y, float* sums) {
-  if (w.half)
-    row_of<uint16_t>(w, panel, x, sums);
-  else
-    row_of<float>(w, panel, x, sums);
+// Up to four tokens, which share every load of a weight: x [K, 4] -> sums [n, 4].
+template <class T>
+void few(const SparseWeights& w, int64_t panel, const float* x, float* sums) {
+  const int64_t n0 = panel * w.panel;
+  begin(w, n0, least(w.panel, w.N - n0), 4, sums);
+  each_row<T>(w, panel, x, 4, [&](int row, int count, const T* values, const uint8_t* indices, const float* x) {
+    float* to = sums + 4 * w.group * row;
+    if (w.group == 4) {
+      Four s0 = four(to), s1 = four(to + 4), s2 = four(to + 8), s3 = four(to + 12);
+      for (int i = 0; i < count; ++i) {
+        const Four xi = four(x + 4 * indices[i]);
+        const T* v = values + 4 * i;
+        s0 += widen(at(v)) * xi, s1 += widen(at(v + 1)) * xi, s2 += widen(at(v + 2)) * xi, s3 += widen(at(v + 3)) * xi;
+      }
+      const Four sums4[4] = {s0, s1, s2, s3};
+      __builtin_memcpy(to, sums4, sizeof sums4);
+      return;
+    }
+    Four s0 = four(to), s1{}, s2{}, s3{};
+    int i = 0;
+    for (; i + 4 <= count; i += 4) {
+      s0 += widen(at(values + i)) * four(x + 4 * indices[i]);
+      s1 += widen(at(values + i + 1)) * four(x + 4 * indices[i + 1]);
+      s2 += widen(at(values + i + 2)) * four(x + 4 * indices[i + 2]);
+      s3 += widen(at(values + i + 3)) * four(x + 4 * indices[i + 3]);
+    }
+    for (; i < count; ++i) s0 += widen(at(values + i)) * four(x + 4 * indices[i]);
+    *reinterpret_cast<FourU*>(to) = (s0 + s1) + (s2 + s3);
+  });
+}
+
+void row(const SparseWeights& w, int64_t panel, const float* x, int tokens, const float* residual, float* y,
+         float* sums) {
   const int64_t n0 = panel * w.panel, n = least(w.panel, w.N - n0);
-  for (int64_t i = 0; i < n; i += W) {
-    const int64_t width = least(W, n - i);
-    F out = activated(width == W ? load(sums + i) : load_part(sums + i, width), w.activation);
-    if (residual) out += width == W ? load(residual + n0 + i) : load_part(residual + n0 + i, width);
-    if (width == W)
-      store(y + n0 + i, out);
-    else
-      store_part(y + n0 + i, out, width);
+  if (tokens == 1)
+    w.half ? one<uint16_t>(w, panel, x, sums) : one<float>(w, panel, x, sums);
+  else
+    w.half ? few<uint16_t>(w, panel, x, sums) : few<float>(w, panel, x, sums);
+  float* column = sums;
+  for (int t = 0; t < tokens; ++t) {
+    if (tokens > 1) {
+      column = sums + 4 * w.panel;
+      for (int64_t i = 0; i < n; ++i) column[i] = sums[4 * i + t];
+    }
+    for (int64_t i = 0; i < n; i += W) {
+      const int64_t width = least(W, n - i), to = t * w.N + n0 + i;
+      F out = activated(width == W ? load(column + i) : load_part(column + i, width), w.activation);
+      if (residual) out += width == W ? load(residual + to) : load_part(residual + to, width);
+      if (width == W)
+        store(y + to, out);
+      else
+        store_part(y + to, out, width);
+    }
   }
 }
 

@@ -14,7 +14,7 @@ constexpr int W = 8;
 using H = F;  // halves cost what wholes do
 using HU = FU;
 
-constexpr int kVectors = 8, kVectorsGrouped = 2, kRowTokens = 2, kChains = 8;
+constexpr int kVectors = 8, kVectorsGrouped = 2, kRowTokens = 4, kChains = 8;
 constexpr int kHeadRows = 6, kHeadVectors = 2;
 
 constexpr bool kHalves = false;
@@ -44,6 +44,11 @@ inline F scaled(F p, F n) {
 inline F reciprocal(F x) {
   const F r = _mm256_rcp_ps(x);
   return r * (2.f - x * r);
+}
+
+template <class T>
+inline bool look_up_panel(const SparseWeights&, int64_t, const T*, const float*, float*) {
+  return false;
 }
 
 #include "kernels.inl"

@@ -12,10 +12,10 @@ using H = F;  // halves cost what wholes do
 using HU = FU;
 
 #if defined(__aarch64__)  // 32 registers
-constexpr int kVectors = 16, kVectorsGrouped = 4, kRowTokens = 1, kChains = 16;
+constexpr int kVectors = 16, kVectorsGrouped = 4, kRowTokens = 4, kChains = 16;
 constexpr int kHeadRows = 6, kHeadVectors = 4;
 #else
-constexpr int kVectors = 8, kVectorsGrouped = 2, kRowTokens = 1, kChains = 8;
+constexpr int kVectors = 8, kVectorsGrouped = 2, kRowTokens = 4, kChains = 8;
 constexpr int kHeadRows = 6, kHeadVectors = 2;
 #endif
 
@@ -51,6 +51,11 @@ inline F scaled(F p, F n) {
   return p * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
 }
 inline F reciprocal(F x) { return 1.f / x; }
+
+template <class T>
+inline bool look_up_panel(const SparseWeights&, int64_t, const T*, const float*, float*) {
+  return false;
+}
 
 #include "kernels.inl"
 
