@@ -139,18 +139,24 @@ def load(path: Path | str) -> ModelProto:
 
 
 def save(model: ModelProto, path: Path) -> int:
-    """Write an ONNX file; weights beyond 2 GiB go beside it, to `<file>.data`.
+    """Write an ONNX file; weights of packed graphs, and weights beyond 2 GiB, go beside it, to `<file>.data`.
+
+    ONNX Runtime copies weights out of an ONNX file, but maps those beside it: SparseLinear then computes from the file.
 
     Args:
-        model: what to write.
+        model: what to write; its weights are where they were written afterwards.
         path: where to.
 
     Returns:
         int: bytes written.
     """
-    beside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LIMIT
-    onnx.save_model(model, path, save_as_external_data=beside, location=f"{path.name}.data")
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    beside = is_packed(model) or sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LIMIT
+    data = path.with_name(f"{path.name}.data")
+    onnx.save_model(model, path, save_as_external_data=beside, location=data.name)
+    if not data.exists():
+        return path.stat().st_size
+    data.chmod(path.stat().st_mode)  # onnx lets nobody else read it
+    return path.stat().st_size + data.stat().st_size
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------
