@@ -5,7 +5,7 @@ Each graph gets what PyTorch's graphs before it computed, so that a difference i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,12 +102,8 @@ def compare(
 
     if not data.samples:
         raise RequestError(f"{data.name} has no samples to compare the graphs on: check its file")
-    images, texts = _samples(data, sum(BATCHES))
-    start = 0
-    for size in BATCHES:
-        batch = slice(start, start + size)
-        _TASKS[spec["task"]](run, spec, processor, processor.images(images[batch]), texts[batch])
-        start += size
+    for _ in walk(run, spec, processor, data, BATCHES):
+        pass
     for name, difference in differences.items():
         if difference.relative > tolerance:
             raise MachineError(
@@ -115,6 +111,30 @@ def compare(
                 f"(relative {difference.relative:.1e}, allowed {tolerance:.0e}): it is not used"
             )
     return differences
+
+
+def walk(
+    run: Run, spec: Mapping[str, Any], processor: Any, data: Data, batches: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """Let the graphs of a task run on real images and texts, each on what those before it made.
+
+    Args:
+        run: runs the graph of a name, gives its outputs.
+        spec: task.json.
+        processor: turns images and texts into inputs.
+        data: at least one image and one text.
+        batches: sizes; their sum is the number of samples taken, evenly all over the data.
+
+    Yields:
+        tuple[int, int]: the first sample of a batch that has run, and the one after its last.
+    """
+    images, texts = _samples(data, sum(batches))
+    start = 0
+    for size in batches:
+        end = start + size
+        _TASKS[spec["task"]](run, spec, processor, processor.images(images[start:end]), texts[start:end])
+        yield start, end
+        start = end
 
 
 def _samples(data: Data, total: int) -> tuple[list[Any], list[str]]:

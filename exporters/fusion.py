@@ -743,6 +743,28 @@ def reads(node: NodeProto) -> list[str]:
 
 def _infer(model: ModelProto) -> dict[str, Dims]:
     """Infer the shapes of all values, without copying large weights."""
+    bare = light(model)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+    except Exception:  # of several classes; without shapes less is fused
+        inferred = bare.graph
+    dims: dict[str, Dims] = {}
+    for value in [*inferred.input, *inferred.value_info, *inferred.output]:
+        if value.type.tensor_type.HasField("shape"):
+            sizes = value.type.tensor_type.shape.dim
+            dims[value.name] = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in sizes]
+    return dims | {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+
+
+def light(model: ModelProto) -> ModelProto:
+    """Copy a model without its large weights, which become inputs: enough for the inference of shapes and types.
+
+    Args:
+        model: any.
+
+    Returns:
+        ModelProto: small.
+    """
     graph = model.graph
     given, small = list(graph.input), []
     known = {value.name for value in given}
@@ -751,16 +773,7 @@ def _infer(model: ModelProto) -> dict[str, Dims]:
             small.append(tensor)
         elif tensor.name not in known:
             given.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    light = helper.make_graph(graph.node, "shapes", given, graph.output, small, value_info=graph.value_info)
-    bare = helper.make_model(light, opset_imports=model.opset_import, ir_version=model.ir_version)
+    shapes = helper.make_graph(graph.node, "shapes", given, graph.output, small, value_info=graph.value_info)
+    bare = helper.make_model(shapes, opset_imports=model.opset_import, ir_version=model.ir_version)
     bare.functions.extend(model.functions)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-    except Exception:  # of several classes; without shapes less is fused
-        inferred = light
-    dims: dict[str, Dims] = {}
-    for value in [*inferred.input, *inferred.value_info, *inferred.output]:
-        if value.type.tensor_type.HasField("shape"):
-            sizes = value.type.tensor_type.shape.dim
-            dims[value.name] = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in sizes]
-    return dims | {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    return bare

@@ -125,7 +125,7 @@ def export(
     if opset not in OPSETS:
         raise RequestError(f"opset {opset} is not supported: choose {OPSETS.start} to {OPSETS.stop - 1}")
     graphs = import_module(f"vlprune.exporters.{model.family}").graphs(model, task)
-    prunable = _prunable_weights(model)
+    prunable = prunable_weights(model)
     rows, exported = [], {}
     with _on_cpu(model):
         for name, graph in track(graphs.items(), f"Exporting {variant} {task}", len(graphs)):
@@ -183,8 +183,15 @@ def _validate(graphs: Mapping[str, Graph], folder: Path, atol: float) -> None:
         raise MachineError(f"the exported graphs do not compute what PyTorch computes ({reason})") from error
 
 
-def _prunable_weights(model: Model) -> set[str]:
-    """Names of the prunable weights, all names of those that modules share."""
+def prunable_weights(model: Model) -> set[str]:
+    """Name the prunable weights, with all names of those that modules share.
+
+    Args:
+        model: any.
+
+    Returns:
+        set[str]: names of parameters.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     return {f"{names[id(module)]}.weight" for layer in model.layers() for module in layer.modules}
 

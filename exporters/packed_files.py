@@ -72,7 +72,7 @@ def pack_task(
     for row in rows:
         difference = differences[row["graph"]]
         row |= {"max_abs_diff": difference.max_abs_diff, "cosine_min": difference.cosine_min}
-    _copy_others(plain, folder)
+    copy_others(plain, folder)
     write_json(folder / SUMMARY, summary)
     return rows
 
@@ -110,7 +110,7 @@ def unpack_files(path: Path) -> list[dict[str, Any]]:
             temporary.mkdir()
             for file in files:
                 save(_unpacked(file), temporary / file.name)
-            _copy_others(folder, temporary)
+            copy_others(folder, temporary)
         rows += [_row(file, target / file.name) for file in files]
     if not rows:
         raise RequestError(f"{path} has no packed graphs: give a packed ONNX file, their folder, or a run with --pack")
@@ -137,8 +137,13 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _copy_others(source: Path, target: Path) -> None:
-    """Copy what a runner needs beside the graphs: task.json, tokenizer, image preprocessing."""
+def copy_others(source: Path, target: Path) -> None:
+    """Copy what a runner needs beside the graphs: task.json, tokenizer, image preprocessing.
+
+    Args:
+        source: folder of a task.
+        target: an existing folder.
+    """
     for file in source.iterdir():
         if file.is_file() and not file.is_symlink() and ".onnx" not in file.suffixes and file.name != SUMMARY:
             shutil.copyfile(file, target / file.name)
