@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from vlprune import __version__
-from vlprune.cli import bench, compress, doctor, export, finetune, inspect, methods, models, prune, validate
+from vlprune.cli import bench, compress, doctor, export, finetune, inspect, methods, models, prune, report, validate
 from vlprune.errors import MachineError, VlpruneError
 
 
@@ -37,6 +37,7 @@ for _verb in (
     export.export,
     validate.validate,
     bench.bench,
+    report.report,
     inspect.inspect,
     models.models,
     methods.methods,

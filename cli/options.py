@@ -429,6 +429,22 @@ AnyPath = Annotated[
         show_default=False,
     ),
 ]
+Report = Annotated[
+    Path,
+    typer.Argument(
+        callback=check_path, metavar="RUN_OR_REPORT", help="Run directory, or a report.json.", show_default=False
+    ),
+]
+ReportOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="A .html or .md file. [default: report.html beside report.json]",
+        show_default=False,
+    ),
+]  # fmt: skip
+NoSamples = Annotated[
+    bool, typer.Option("--no-samples", help="Leave out the test samples: their images, texts and outputs.")
+]
 Output = Annotated[
     Path,
     typer.Option(

@@ -25,6 +25,7 @@ from vlprune import __version__
 from vlprune.errors import RequestError
 from vlprune.files import atomic_path, disk_errors, read_json, write_json
 from vlprune.report.environment import environment
+from vlprune.report.html import render_html
 from vlprune.report.manifest import MANIFEST, write_manifest
 from vlprune.report.markdown import render_markdown
 from vlprune.report.schema import SCHEMA_VERSION, validate_report
@@ -32,7 +33,7 @@ from vlprune.report.schema import SCHEMA_VERSION, validate_report
 
 ROWS = ("variants", "metrics", "graphs", "throughput", "samples")
 KINDS = (  # in the order of the report
-    "statistics", "measure", "prune", "checkpoint", "finetune", "score", "export", "pack", "validate", "samples",
+    "statistics", "measure", "prune", "checkpoint", "finetune", "score", "export", "pack", "convert", "validate", "samples",
     "bench",
 )  # fmt: skip
 RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later verbs find it
@@ -56,6 +57,7 @@ RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later
     "providers": list,
     "bench_batches": list,
     "samples": int | None,
+    "precision": list,
     "pack": str,
     "values": str,
     "target": str,
@@ -65,7 +67,7 @@ RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later
     "distill": list | None,
 }
 OLDER: dict[str, Any] = {  # what older recipes leave out
-    "pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None, "round_widths": True, "mope": {},
+    "precision": ["fp32"], "pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None, "round_widths": True, "mope": {},
     "distill": None,
 }  # fmt: skip
 OWN = (
@@ -275,7 +277,7 @@ class Run:
         return sorted(filter(fresh, found.values()), key=place)
 
     def report(self, model: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
-        """Put the report together and write report.json, report.md and manifest.json.
+        """Put the report together and write report.json, report.md, report.html and manifest.json.
 
         Args:
             model: the report's "model".
@@ -295,8 +297,12 @@ class Run:
         report["environment"] = environment(threads)
         checked = validate_report(report)
         write_json(self.folder / "report.json", checked)
-        with atomic_path(self.folder / "report.md") as temporary:
-            temporary.write_text(render_markdown(checked), encoding="utf-8")
+        for name, text in {
+            "report.md": render_markdown(checked),
+            "report.html": render_html(checked, self.folder),
+        }.items():
+            with atomic_path(self.folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         write_manifest(self.folder, self.recipe["seed"])
         return report
 

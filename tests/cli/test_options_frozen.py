@@ -124,6 +124,7 @@ FROZEN = {
         "--resume",
         "--json",
     },
+    "report": {"report", "--output/-o", "--no-samples", "--json"},
     "inspect": {"path", "--json"},
     "models": {"--json"},
     "methods": {"--json"},

@@ -20,12 +20,35 @@ def test_details_show_intervals_sparsity_and_runtime(report: dict[str, Any]) -> 
 
 def test_other_sections(report: dict[str, Any]) -> None:
     text = render_markdown(report)
-    assert text.startswith("# Compression of blip-tiny\n\nFamily blip, checkpoint embedded; 3,000,000 parameters, ")
+    assert text.startswith(
+        "# Compression of blip-tiny\n\n**multiflow-0.9**: 90.00 % of the prunable weights removed\n\n"
+    )
+    assert "\n\nFamily blip, checkpoint embedded; 3,000,000 parameters, " in text
     assert "| multiflow-0.9 | multiflow | unstructured | 90.00 % | 90.0000 % | 90.00 % | 90.00 % |" in text
     assert "| fp32 | 4.20 MB | 4.20 MB | 10.00 % | 2.4e-06 | 0.999999 |" in text
     assert "| 8 | 10.00 | 10.10 | 12.50 | 792.1 | 0.990 [0.970, 1.010] | no measurable difference |" in text
     assert "| prune | 1.2 | 900.00 MB | – |" in text
     assert "- Processor: Some | processor, 2 threads\n- GPU: none" in text
+
+
+def test_the_verdict_comes_first_and_details_are_folded(report: dict[str, Any]) -> None:
+    report["graphs"][0] |= {"packed": True, "weights": "fp16", "bytes": 1_050_000}
+    text = render_markdown(report)
+    head, details = text.split("<details>", 1)
+    assert "\n- vqa accuracy 98.5 → 95.0 (−3.5; intervals apart)\n" in head
+    assert "\n- packed fp16: 1.05 of 4.20 MB (25.0 %)\n" in head
+    assert "\n- plain, cpu: of 1 timings no measurable difference in 1 (0.99 ×)\n" in head
+    assert "## Scores" in head and "## Throughput" not in head
+    assert details.count("<summary>") == text.count("</details>") == 6
+    assert "<summary>ONNX graphs</summary>\n\n## ONNX graphs\n\n" in text  # without the empty line no Markdown
+
+
+def test_no_tag_begins_in_a_name(report: dict[str, Any]) -> None:
+    report["model"]["name"] = "</details><img src=x>"
+    report["environment"]["cpu"] = "half a \ud800 character"
+    text = render_markdown(report)
+    assert text.startswith("# Compression of &lt;/details>&lt;img src=x>\n")
+    text.encode()
 
 
 def test_a_disturbed_timing_gets_no_verdict(report: dict[str, Any]) -> None:

@@ -64,6 +64,24 @@ def write_manifest(folder: Path | str, seed: int) -> Manifest:
     return manifest
 
 
+def update_manifest(folder: Path | str, path: Path | str) -> None:
+    """Tell a folder's manifest.json of one file that was written again; what it says of the others stays.
+
+    Args:
+        folder: run directory with a manifest.
+        path: a file in it.
+
+    Raises:
+        RequestError: the manifest is malformed.
+    """
+    folder, path = Path(folder), Path(path)
+    manifest = read_json(folder / MANIFEST)
+    _check_form(manifest, folder / MANIFEST)
+    name = path.resolve().relative_to(folder.resolve()).as_posix()
+    manifest["files"][name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    write_json(folder / MANIFEST, manifest)
+
+
 def verify_manifest(folder: Path | str) -> Manifest:
     """Compare a folder with its manifest.json.
 
