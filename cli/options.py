@@ -99,6 +99,20 @@ def parse_providers(text: str | Names) -> Names:
     return Names(names.check("provider", part, names.PROVIDERS) for part in _parts(text, "--provider"))
 
 
+def parse_precisions(text: str | Names) -> Names:
+    """Parse `--precision`.
+
+    Args:
+        text: comma list of precisions.
+
+    Returns:
+        Names: the precisions, in the order given.
+    """
+    if isinstance(text, Names):
+        return text
+    return Names(names.check("precision", part, names.PRECISIONS) for part in _parts(text, "--precision"))
+
+
 def parse_sizes(text: str | Sizes) -> Sizes:
     """Parse `--bench-batch`.
 
@@ -532,6 +546,15 @@ Finetune = Annotated[
     ),
 ]
 Export = Annotated[Literal["onnx", "none"], typer.Option("--export", help="Write ONNX graphs and measure them.")]
+Precision = Annotated[
+    Names | None,
+    typer.Option(
+        "--precision",
+        parser=parse_precisions,
+        metavar="P[,P...]",
+        help="Precisions of the ONNX graphs: fp16, int8-static, int8-dynamic, beside fp32, which is always there.",
+    ),
+]
 Pack = Annotated[
     Literal["none", "sparse"],
     typer.Option("--pack", help="sparse: write packed graphs, too, whose layers skip the zeros (CPU only)."),

@@ -1,9 +1,9 @@
 """Exporters: one file per model family; imported as `vlprune.exporters`.
 
-`export` writes the ONNX graphs of a task and compares them with PyTorch, `pack_task` packs their sparse layers and
-compares again, `unpack_files` undoes that; `quantize_task` writes dynamic int8 graphs to measure packed ones beside;
-`torch_graphs` runs the same graphs in PyTorch, `task_spec` makes the task.json that all are scored with, `parameters`
-maps the names in a file to PyTorch's.
+`export` writes the ONNX graphs of a task and compares them with PyTorch, `convert_task` writes them in another
+precision, `pack_task` packs their sparse layers, and both compare again; `unpack_files` undoes packing;
+`quantize_task` writes dynamic int8 graphs to measure packed ones beside; `torch_graphs` runs the same graphs in
+PyTorch, `task_spec` makes the task.json that all are scored with, `parameters` maps the names in a file to PyTorch's.
 """
 
 from __future__ import annotations
@@ -15,14 +15,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlprune.exporters.onnx_files import export
     from vlprune.exporters.packed_files import pack_task, unpack_files
+    from vlprune.exporters.precision import convert_task
     from vlprune.exporters.quantize import quantize_task
     from vlprune.exporters.simplify import parameters
     from vlprune.models.family import Model
     from vlprune.runtime.generate import Graph
 
-__all__ = ["export", "pack_task", "parameters", "quantize_task", "task_spec", "torch_graphs", "unpack_files"]
+__all__ = [
+    "convert_task",
+    "export",
+    "pack_task",
+    "parameters",
+    "quantize_task",
+    "task_spec",
+    "torch_graphs",
+    "unpack_files",
+]
 
 _HOMES = {
+    "convert_task": "vlprune.exporters.precision",
     "export": "vlprune.exporters.onnx_files",
     "pack_task": "vlprune.exporters.packed_files",
     "parameters": "vlprune.exporters.simplify",

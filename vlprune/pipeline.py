@@ -54,6 +54,7 @@ def compress(
     providers: list[str] | None = None,
     bench_batches: list[int] | None = None,
     samples: int | None = None,
+    precision: list[str] | None = None,
     pack: str = "none",
     values: str = "fp32",
     target: str = "auto",
@@ -94,6 +95,7 @@ def compress(
         providers: ONNX Runtime providers to validate and time on.
         bench_batches: batch sizes to time.
         samples: test samples per task at most.
+        precision: of the ONNX graphs: "fp16", "int8-static", "int8-dynamic" beside "fp32", which is always written.
         pack: "sparse" = write packed graphs of the pruned variants, too, whose Linears skip the zeros (CPU only).
         values: weights in packed graphs: "fp32" exact, "fp16" rounded and half the size.
         target: instruction set that decides which layers are packed: "auto" = this machine's, "avx512", "avx2",
@@ -121,10 +123,12 @@ def compress(
         "samples": samples,
     }
     recipe |= _structured_recipe(method, round_widths, mope, distill)
-    recipe |= _pack_recipe(pack, values, target, pack_threshold)
+    recipe |= {"precision": _precisions(precision), **_pack_recipe(pack, values, target, pack_threshold)}
     _check_packing(method, pack)
     if pack != "none" and not export:
         raise RequestError(f"--pack {pack} packs ONNX graphs: add --export onnx")
+    if len(recipe["precision"]) > 1 and not export:
+        raise RequestError(f"--precision {','.join(precision or [])} is of ONNX graphs: add --export onnx")
     for provider in recipe["providers"]:
         check_provider(provider)
     stages = _start(Path(output), recipe, resume)
@@ -254,6 +258,7 @@ def export(
     *,
     data: dict[str, str] | None = None,
     tasks: list[str] | None = None,
+    precision: list[str] | None = None,
     pack: str = "none",
     values: str = "fp32",
     target: str = "auto",
@@ -267,6 +272,7 @@ def export(
         run: run directory.
         data: added to the run's data; real inputs for the comparison.
         tasks: see `compress`.
+        precision: see `compress`.
         pack: see `compress`.
         values: see `compress`.
         target: see `compress`.
@@ -277,8 +283,9 @@ def export(
     Returns:
         dict[str, Any]: report.json.
     """
-    packing = _pack_recipe(pack, values, target, pack_threshold)
-    stages = _reopen(run, data, tasks, resume, {"threads": threads, "export": "onnx", **packing})
+    changes: dict[str, Any] = {"threads": threads, "export": "onnx", "precision": _precisions(precision)}
+    changes |= _pack_recipe(pack, values, target, pack_threshold)
+    stages = _reopen(run, data, tasks, resume, changes)
     _export(stages)
     return stages.report()
 
@@ -307,6 +314,7 @@ def validate(
     tasks: list[str] | None = None,
     providers: list[str] | None = None,
     bench_batches: list[int] | None = None,
+    precision: list[str] | None = None,
     samples: int | None = None,
     batch_size: int | None = None,
     threads: int | None = None,
@@ -321,6 +329,7 @@ def validate(
         tasks: see `compress`.
         providers: see `compress`.
         bench_batches: see `compress`.
+        precision: see `compress`; None = all that the run's graphs were last exported in.
         samples: see `compress`.
         batch_size: samples at once.
         threads: see `compress`.
@@ -336,6 +345,8 @@ def validate(
     changes |= {"threads": threads, "skip_broken": skip_broken}
     if samples is not None:
         changes["samples"] = samples
+    if precision is not None:
+        changes["precision"] = _precisions(precision)
     stages = _reopen(run, data, tasks, resume, changes)
     stages.batch = batch_size or stages.batch
     _validate(stages)
@@ -412,9 +423,12 @@ def _export(stages: Stages) -> None:
         for variant in stages.shipped():
             if stages.packs and variant.ratio is not None:
                 stages.pack(variant, task)
+            for precision in stages.precisions:
+                stages.convert(variant, task, precision)
 
 
 def _validate(stages: Stages) -> None:
+    stages.check_precisions()
     if stages.model.source.random_weights:
         return
     for variant, task, provider, form in stages.served():
@@ -427,6 +441,7 @@ def _samples(stages: Stages) -> None:
 
 
 def _bench(stages: Stages) -> None:
+    stages.check_precisions()
     for variant, task, provider, form in stages.served():
         if (variant, form) != (stages.dense, "plain"):  # which the others are timed against
             stages.bench(variant, task, provider, form)
@@ -522,6 +537,13 @@ def _check_packing(method: str, pack: str) -> None:
 
 def _finetune_recipe(mode: str, max_steps: int | None, epochs: int | None, lr: float | None) -> dict[str, Any]:
     return {"mode": mode, "max_steps": max_steps, "epochs": epochs, "lr": lr}
+
+
+def _precisions(chosen: list[str] | None) -> list[str]:
+    """Put precisions in their order; fp32 is what the others are made from."""
+    for precision in chosen or []:
+        names.check("precision", precision, names.PRECISIONS)
+    return [precision for precision in names.PRECISIONS if precision == "fp32" or precision in (chosen or [])]
 
 
 def _pack_recipe(pack: str, values: str, target: str, threshold: float | None) -> dict[str, Any]:

@@ -33,8 +33,8 @@ from vlprune.report.schema import SCHEMA_VERSION, validate_report
 
 ROWS = ("variants", "metrics", "graphs", "throughput", "samples")
 KINDS = (  # in the order of the report
-    "statistics", "measure", "prune", "checkpoint", "finetune", "score", "export", "pack", "convert", "validate", "samples",
-    "bench",
+    "statistics", "measure", "prune", "checkpoint", "finetune", "score", "export", "pack", "convert", "validate",
+    "samples", "bench",
 )  # fmt: skip
 RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later verbs find it
     "model": str,
@@ -67,8 +67,8 @@ RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later
     "distill": list | None,
 }
 OLDER: dict[str, Any] = {  # what older recipes leave out
-    "precision": ["fp32"], "pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None, "round_widths": True, "mope": {},
-    "distill": None,
+    "precision": ["fp32"], "pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None,
+    "round_widths": True, "mope": {}, "distill": None,
 }  # fmt: skip
 OWN = (
     "stages", "masks", "checkpoints", "onnx", "training", "samples", "statistics.safetensors", "report.json",

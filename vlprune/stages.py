@@ -1,6 +1,6 @@
 """The stages of a compression, each reading and writing the run directory.
 
-    statistics -> prune -> finetune -> score (PyTorch) -> export -> pack -> validate (ONNX Runtime) -> bench
+    statistics -> prune -> finetune -> score (PyTorch) -> export -> pack, convert -> validate (ONNX Runtime) -> bench
 
 A stage's result depends on the recipe and on the stages it needs, nothing else; `Run.stage` decides whether it runs.
 """
@@ -34,12 +34,13 @@ from vlprune.data import (
     open_images,
 )
 from vlprune.errors import RequestError
-from vlprune.exporters import packed_files
+from vlprune.exporters import packed_files, ranges
 from vlprune.exporters.flops import flops
 from vlprune.exporters.pack import resolve_target
 from vlprune.files import atomic_path, disk_errors, read_json
 from vlprune.models import load, loading
 from vlprune.models.family import Batch, Model, apply_masks, fingerprint, masks_for
+from vlprune.names import PRECISIONS
 from vlprune.progress import track
 from vlprune.pruning import Layer, Pruned, get_method, prune_layers_at
 from vlprune.pruning.masks import load_masks, save_masks, sparsity_summary
@@ -58,7 +59,8 @@ from vlprune.training.finetune import FinetuneOptions, finetune
 
 
 BATCH = 32  # samples at once in calibration and evaluation
-# Forms of the exported graphs: as exported; packed; the dense ones quantised by ONNX Runtime while they are measured.
+# Forms of the exported graphs: as exported; packed; else a name of `names.PRECISIONS`. The dense graphs are quantised
+# to dynamic int8 while packed ones are measured, and not kept where that precision was not asked for.
 PLAIN, PACKED, INT8 = "plain", packed_files.PACKED, DYNAMIC
 BENCH_SECONDS = 2.0  # per graph and batch size; slow graphs take their ten rounds, however long
 
@@ -96,6 +98,7 @@ class Stages:
         self.batch = BATCH
         self.seconds: float | None = None  # of timing, None = BENCH_SECONDS
         self._quantised: dict[str, tempfile.TemporaryDirectory[str]] = {}
+        self._ranges: dict[tuple[str, str], dict[str, ranges.Ranges]] = {}
         self._data: dict[tuple[str, str], Data] = {}
 
     # --- what stages share -----------------------------------------------------------------------------------------
@@ -192,15 +195,17 @@ class Stages:
 
         Yields:
             tuple[Variant, str, str, str]: variant, task, provider and form of the graphs: pruned variants may be
-                packed, and stand beside the dense one in int8 then.
+                packed, and stand beside the dense one in int8 then. Dynamic int8 exists for the CPU only.
         """
         for provider in self.recipe["providers"]:
             packs = self.packs and provider == "cpu"
             for task in self.tasks:
                 for variant in self.shipped():
-                    yield variant, task, provider, PLAIN
+                    forms = [PLAIN, *(p for p in self.precisions if p != INT8 or provider == "cpu")]
                     if packs:
-                        yield variant, task, provider, INT8 if variant.ratio is None else PACKED
+                        forms.append(INT8 if variant.ratio is None else PACKED)
+                    for form in dict.fromkeys(forms):
+                        yield variant, task, provider, form
 
     def variant_id(self, ratio: float) -> str:
         """Name a pruned variant; patterns are spelled so that the name can be a folder."""
@@ -626,16 +631,69 @@ class Stages:
             ]
         }
 
+    @property
+    def precisions(self) -> list[str]:
+        """The precisions that graphs are shipped in beside fp32."""
+        return [precision for precision in self.recipe["precision"] if precision != "fp32"]
+
+    def check_precisions(self) -> None:
+        """Make sure that the graphs are there in the precisions of the recipe.
+
+        Raises:
+            RequestError: they were not exported in one of them.
+        """
+        for precision in self.precisions:
+            for variant, task in ((variant, task) for task in self.tasks for variant in self.shipped()):
+                if not (self._graphs(variant, task, precision) / "task.json").is_file():
+                    raise RequestError(
+                        f"{self.run.folder} has no graphs of {variant.id} for {task} in {precision}: "
+                        f"vlprune export {self.run.folder} --precision {','.join(self.precisions)} --resume"
+                    )
+
+    def convert(self, variant: Variant, task: str, precision: str) -> None:
+        """Write the graphs in another precision beside the plain ones and compare each with PyTorch."""
+        folder = self._graphs(variant, task, precision)
+        key = {**self.key("calibration", "calibration_samples", "data"), "samples": ranges.SAMPLES}
+        reuse = self.run.resume and (folder / "task.json").is_file()
+        work = partial(self._convert, variant, task, precision, folder)
+        self.run.stage(f"convert/{variant.id}/{task}/{precision}", key, work, (f"export/{variant.id}/{task}",), reuse)
+
+    def _convert(self, variant: Variant, task: str, precision: str, folder: Path) -> dict[str, Any]:
+        plain, model, inputs = self._graphs(variant, task), self.build(variant, task), self.inputs(task)
+        threads = self.recipe["threads"]
+        if (variant.id, task) not in self._ranges and precision != INT8:  # which looks at them anew in each run
+            spec = read_json(plain / "task.json")
+            self._ranges[variant.id, task] = ranges.measure(plain, spec, model.processor, inputs, threads)
+        found = self._ranges.get((variant.id, task), {})
+        data = self.data(task, "test")
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            rows = exporters.convert_task(model, plain, temporary, precision, data, inputs, found, threads=threads)
+        before = {row["graph"]: row for row in self.run.rows(f"export/{variant.id}/{task}")["graphs"]}
+        file = f"onnx/{variant.id}/{task}/{precision}"
+        return {"graphs": [{**before[row["graph"]], **row, "file": f"{file}/{row['file']}"} for row in rows]}
+
+    def inputs(self, task: str) -> Data:
+        """Open the images and texts that show how large values become inside the graphs of a task; no label is read.
+
+        They are the calibration images; for tasks that ask or claim something of an image, and where there are none,
+        the task's training data, if there are any; else its test data.
+        """
+        if task in ("vqa", "nlvr") or not self.recipe["calibration"]:
+            with suppress(MissingSplitError):
+                return self.data(task, "train")
+        return self.calibration if self.recipe["calibration"] else self.data(task, "test")
+
     def _described(self, form: str) -> dict[str, Any]:
         """Tell in a row how the graphs compute and store their weights."""
-        described = {"precision": INT8 if form == INT8 else "fp32", "packed": form == PACKED}
+        described = {"precision": form if form in PRECISIONS else "fp32", "packed": form == PACKED}
         return {**described, "weights": self.recipe["values"]} if form == PACKED else described
 
     def _graphs(self, variant: Variant, task: str, form: str = PLAIN) -> Path:
         """The folder of a task's graphs; those in int8 are made here, once per process."""
         folder = self.run.folder / "onnx" / variant.id / task
-        if form != INT8:
-            return folder / PACKED if form == PACKED else folder
+        if form != INT8 or INT8 in self.precisions:
+            return folder if form == PLAIN else folder / form
         if task not in self._quantised:
             with disk_errors(self.run.folder):  # named as what a killed run leaves, see `Run.write_recipe`
                 made = tempfile.TemporaryDirectory(prefix=f".{INT8}.", dir=self.run.folder)
@@ -653,7 +711,13 @@ class Stages:
         return "" if form == PLAIN else f"/{form}"
 
     def _written_by(self, variant: Variant, task: str, form: str) -> str:
+        if form in self.precisions:
+            return f"convert/{variant.id}/{task}/{form}"
         return f"{'pack' if form == PACKED else 'export'}/{variant.id}/{task}"
+
+    def _beside(self, variant: Variant, form: str) -> str:
+        """The form of the dense graphs that a form is timed against: its own precision; fp32 for the dense ones."""
+        return PLAIN if variant.ratio is None or form == PACKED else form
 
     def _validate(self, variant: Variant, task: str, provider: str, form: str) -> dict[str, Any]:
         graphs = load_graphs(self._graphs(variant, task, form), provider, self.recipe["threads"])
@@ -688,15 +752,17 @@ class Stages:
         return {"samples": rows}
 
     def bench(self, variant: Variant, task: str, provider: str, form: str = PLAIN) -> None:
-        """Time every graph of a variant, in one of its forms, against the plain dense one."""
+        """Time every graph of a variant, in one of its forms, against the dense one (see `_beside`)."""
         name = f"bench/{variant.id}/{task}/{provider}{self._suffix(form)}"
         work = partial(self._bench, variant, task, provider, form)
-        needs = (f"export/{self.dense.id}/{task}", self._written_by(variant, task, form))
+        beside = self._written_by(self.dense, task, self._beside(variant, form))
+        needs = (beside, self._written_by(variant, task, form))
         key = self.key("bench_batches", "threads") | ({"seconds": self.seconds} if self.seconds else {})
         self.run.stage(name, key, work, needs)
 
     def _bench(self, variant: Variant, task: str, provider: str, form: str) -> dict[str, Any]:
-        dense, folder = self._graphs(self.dense, task), self._graphs(variant, task, form)
+        dense = self._graphs(self.dense, task, self._beside(variant, form))
+        folder = self._graphs(variant, task, form)
         graphs = sorted(path.stem for path in folder.glob("*.onnx"))
         cases = [(graph, batch) for graph in graphs for batch in self.recipe["bench_batches"]]
         rows = []

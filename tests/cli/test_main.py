@@ -65,6 +65,7 @@ def test_compress_hands_everything_over(pipeline: Any, tmp_path: Path, capsys: p
         "providers": ["cpu"],
         "bench_batches": [1, 8],
         "samples": None,
+        "precision": None,
         "pack": "none",
         "values": "fp32",
         "target": "auto",

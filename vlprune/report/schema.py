@@ -108,7 +108,7 @@ class Metrics(TypedDict):
         n: number of test samples (images, or questions).
         runtime: what computed the outputs.
         provider: "cpu", "cuda", "tensorrt".
-        precision: "fp32", "fp16", "int8", "int8-dynamic" (quantised by ONNX Runtime for measuring only).
+        precision: "fp32", "fp16", "int8-static", "int8-dynamic".
         packed: the weights were read from a packed file.
         values: metric -> score, higher is better; shares in 0 to 1, cider in 0 to 10 (papers print both times 100).
         ci95: metric -> [low, high], 95 % bootstrap interval over samples, in the unit of the value.
@@ -137,7 +137,7 @@ class Graph(TypedDict):
         variant: a variant's id.
         task: the task it serves.
         graph: its name, as in "image_encoder".
-        precision: "fp32", "fp16", "int8".
+        precision: see `Metrics`.
         packed: the weights are packed.
         file: path inside the run directory, with "/".
         bytes: size of the file and its external data.
@@ -148,6 +148,7 @@ class Graph(TypedDict):
         weights: how a packed file stores them, "fp32" or "fp16"; `precision` is that of the computation.
         linears: how many Linears a packed file has, those made one node counted once.
         linears_packed: how many of them are packed; packing.json beside the file tells why others are not.
+        kept_fp32: nodes that stay in fp32 in a graph of another precision, and why.
     """
 
     variant: str
@@ -164,6 +165,7 @@ class Graph(TypedDict):
     weights: NotRequired[str]
     linears: NotRequired[int]
     linears_packed: NotRequired[int]
+    kept_fp32: NotRequired[list[str]]
 
 
 class Timing(TypedDict):
@@ -186,8 +188,8 @@ class Throughput(TypedDict):
         precision: see `Metrics`.
         packed: the compressed side reads packed weights.
         batch: samples per run.
-        dense: the dense side, fp32 where the precision is "int8-dynamic".
-        compressed: the compressed side; the dense model itself where it is quantised.
+        dense: the dense side at the same precision; in fp32 where the other side is packed, or dense itself.
+        compressed: the compressed side; the dense model itself in rows that tell what a precision gains.
         ratio: dense time / compressed time; above 1 the compressed graph is faster.
         ratio_ci95: its 95 % bootstrap interval.
         verdict: what the interval says; it contains 1 -> "no measurable difference".
