@@ -53,10 +53,11 @@ def render_html(report: Report, folder: Path | None = None, samples: bool = True
     )
     random = report["model"]["random_weights"]
     tables = [
-        *([] if random else sheets.task_sheets(report)),
+        *([] if random else [sheets.precision_sheet(report), *sheets.task_sheets(report)]),
         sheets.graph_sheet(report),
         sheets.throughput_sheet(report),
         sheets.beside_sheet(report),
+        sheets.square_sheet(report),
         sheets.stage_sheet(report),
     ]
     text = environment.get_template("report.html.j2").render(

@@ -10,8 +10,10 @@ from vlprune.report.sheets import (
     environment_lines,
     graph_sheet,
     percent,
+    precision_sheet,
     score_sheet,
     sparsity_sheet,
+    square_sheet,
     stage_sheet,
     task_sheets,
     throughput_sheet,
@@ -31,10 +33,11 @@ def render_markdown(report: Report) -> str:
     """
     random = report["model"]["random_weights"]
     scores = score_sheet(report)
+    by_precision = None if random else precision_sheet(report)
     tasks = [] if random else [_section(sheet, "###") for sheet in task_sheets(report)]
     blocks = [
         *_head(report),
-        "" if scores is None else _section(scores),
+        *(_section(sheet) for sheet in (scores, by_precision) if sheet),
         _folded("All scores", tasks),
         _folded("Sparsity", [_section(sheet) for sheet in (sparsity_sheet(report), cost_sheet(report)) if sheet]),
         _folded("ONNX graphs", [_section(sheet) for sheet in (graph_sheet(report),) if sheet]),
@@ -42,7 +45,11 @@ def render_markdown(report: Report) -> str:
             "Throughput",
             [
                 _section(sheet, rank)
-                for sheet, rank in ((throughput_sheet(report), "##"), (beside_sheet(report), "###"))
+                for sheet, rank in (
+                    (throughput_sheet(report), "##"),
+                    (beside_sheet(report), "###"),
+                    (square_sheet(report), "###"),
+                )
                 if sheet
             ],
         ),

@@ -11,9 +11,12 @@ from vlprune.report.summary import (
     has_packed,
     packing,
     points,
+    precision_table,
+    precisions,
     ratio,
     score_table,
     side_by_side,
+    square_table,
     title,
     verdict,
 )
@@ -122,6 +125,7 @@ def graph_sheet(report: Report) -> Sheet | None:
     Returns:
         Sheet | None: a row per file; None where nothing was exported.
     """
+    others = len(precisions(report)) > 1
     body = [
         [
             row["file"],
@@ -131,14 +135,44 @@ def graph_sheet(report: Report) -> Sheet | None:
             percent(row["nonzero_fraction"]),
             f"{row['max_abs_diff']:.1e}",
             f"{row['cosine_min']:.6f}",
+            *([str(len(row["kept_fp32"])) if "kept_fp32" in row else "–"] if others else []),
         ]
         for row in report["graphs"]
     ]
     columns = ["file", "precision", "size", "dense size", "nonzero", "max abs difference", "min cosine"]
+    columns += ["nodes kept in fp32"] if others else []
     intro = "Differences are between ONNX Runtime and PyTorch on the same inputs. 1 MB = 1,000,000 bytes."
     if has_packed(report):
         intro += " packing.json beside packed graphs tells of every layer whether it is packed, and why not."
+    if others:
+        intro += " report.json names the nodes kept in fp32, and why."
     return Sheet("ONNX graphs", columns, body, 2, intro) if body else None
+
+
+def precision_sheet(report: Report) -> Sheet | None:
+    """Lay out the scores in each precision.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        Sheet | None: see `vlprune.report.summary.precision_table`; None where all graphs are in fp32.
+    """
+    intro = "All scores times 100, computed by ONNX Runtime on the unpacked graphs."
+    return _named("Scores by precision", precision_table(report), 4, intro)
+
+
+def square_sheet(report: Report) -> Sheet | None:
+    """Lay out dense and compressed in fp32 and fp16.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        Sheet | None: see `vlprune.report.summary.square_table`; None where nothing was timed in fp16.
+    """
+    intro = "Milliseconds are of different moments: the ratios, of two sides timed in turn, are what counts."
+    return _named("Dense and compressed, fp32 and fp16", square_table(report), 3, intro)
 
 
 def throughput_sheet(report: Report) -> Sheet | None:
@@ -170,8 +204,8 @@ def throughput_sheet(report: Report) -> Sheet | None:
         "Both sides exported the same way and timed in alternating blocks by the same provider at the same precision; "
         "ratio = dense time / compressed time, with its 95 % bootstrap interval."
     )
-    if has_int8(report):
-        intro += " Rows at int8-dynamic hold the dense graph in int8 against itself in fp32."
+    if has_int8(report) or len(precisions(report)) > 1:
+        intro += " Rows of the dense model hold one of its other precisions against itself in fp32."
     return Sheet("Throughput", columns, body, 3, intro) if body else None
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vlprune.names import COSINES, PRECISIONS
 from vlprune.report.schema import Metrics, Report, Variant
 
 
@@ -51,7 +52,17 @@ PACKED = (
 )
 INT8 = (
     "The dense graphs in dynamic int8 (by ONNX Runtime, weights of MatMul and Gemm) are measured beside packed ones; "
-    "their files are not kept. Both are timed in turn with dense fp32: compare the ratios rather than the times."
+    "their files are kept where that precision was asked for. Both are timed in turn with dense fp32: compare the ratios "
+    "rather than the times."
+)
+HALF = (
+    "Graphs in fp16 keep LayerNorm, softmax, sums and whatever came near the largest number of fp16 on real inputs in "
+    "fp32. Their differences to PyTorch are with every result rounded to fp16, as GPUs do; a CPU computes them in fp32 "
+    "with rounded weights, so that they are no faster there."
+)
+STATIC = (
+    "Graphs in int8 hold the weights of matrix products per output channel, zeros stay zeros, small weights become "
+    "zeros; attention products, convolutions and embeddings stay in fp32."
 )
 DISTURBED = "Timings marked disturbed get no verdict: other processes took cores in too many rounds."
 RANDOM = "The weights are random: sizes and times mean something, accuracy does not, so none is shown."
@@ -152,6 +163,99 @@ def score_table(report: Report) -> list[dict[str, str]]:
     ]
 
 
+def precision_table(report: Report) -> list[dict[str, str]]:
+    """Lay out what ONNX Runtime scores in each precision, the packed graphs left out.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        list[dict[str, str]]: one row per variant, provider and headline metric, ready to print: what it is (four
+            texts), and its scores times 100; none where all graphs are in fp32.
+    """
+    rows = [row for row in report["metrics"] if row["runtime"] == "onnxruntime" and not row["packed"]]
+    wanted = precisions(report)
+    found = []
+    for variant, task, provider in dict.fromkeys((row["variant"], row["task"], row["provider"]) for row in rows):
+        of_task = [row for row in rows if (row["variant"], row["task"], row["provider"]) == (variant, task, provider)]
+        for metric in headline(task, [row for row in report["metrics"] if row["task"] == task]):
+            scores = {p: _score(of_task, variant, metric, "onnxruntime", precision=p) for p in wanted}
+            what = {"variant": variant, "task": task, "metric": title(metric), "provider": provider}
+            if sum(score is not None for score in scores.values()) > 1:
+                found.append(what | {precision: points(score) for precision, score in scores.items()})
+    return found
+
+
+def square_table(report: Report) -> list[dict[str, str]]:
+    """Hold (dense, compressed) x (fp32, fp16) against each other, where graphs were timed in both precisions.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        list[dict[str, str]]: one row per compressed graph, provider and batch size, ready to print: what it is (three
+            texts), milliseconds of the four, and how many times faster each step is that was timed side by side.
+    """
+    keys = ("variant", "task", "graph", "provider", "batch")
+    plain = {
+        (row["precision"], *(row[key] for key in keys)): row  # type: ignore[literal-required]
+        for row in report["throughput"]
+        if not row["packed"]
+    }
+    found = []
+    for (precision, variant, *rest), full in plain.items():
+        half = plain.get(("fp16", variant, *rest))
+        dense = next((row for v in DENSE if (row := plain.get(("fp16", v, *rest)))), None)
+        if precision != "fp32" or not half or not dense:
+            continue
+        found.append(
+            {
+                "variant": variant,
+                "graph": f"{full['task']} / {full['graph']}",
+                "provider": full["provider"],
+                "batch": str(full["batch"]),
+                "dense fp32 ms": f"{full['dense']['p50_ms']:.2f}",
+                "dense fp16 ms": f"{half['dense']['p50_ms']:.2f}",
+                "fp32 ms": f"{full['compressed']['p50_ms']:.2f}",
+                "fp16 ms": f"{half['compressed']['p50_ms']:.2f}",
+                "fp32: times dense": _times(full),
+                "fp16: times dense": _times(half),
+                "dense: fp16 times fp32": _times(dense),
+            }
+        )
+    return found
+
+
+def precisions(report: Report) -> list[str]:
+    """Tell which precisions the unpacked graphs are in.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        list[str]: in their order; fp32 alone where there is no other.
+    """
+    there = {row["precision"] for row in report["graphs"] if not row["packed"]}
+    return [precision for precision in PRECISIONS if precision == "fp32" or precision in there]
+
+
+def far_graphs(report: Report) -> list[str]:
+    """Name the graphs whose precision took them farther from PyTorch than its limit (`vlprune.names.COSINES`).
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        list[str]: a line each.
+    """
+    return [
+        f"Warning: {row['file']} has a smallest cosine of {row['cosine_min']:.4f} to PyTorch, below the "
+        f"{COSINES[row['precision']]} expected of {row['precision']}."
+        for row in report["graphs"]
+        if not row["packed"] and row["cosine_min"] < COSINES.get(row["precision"], -1)
+    ]
+
+
 def notes(report: Report) -> list[str]:
     """Say what the figures of a report mean.
 
@@ -159,17 +263,19 @@ def notes(report: Report) -> list[str]:
         report: a valid report.
 
     Returns:
-        list[str]: a paragraph on structured pruning, unstructured zeros, packed graphs, dynamic int8, disturbed
-            timings, as far as it has them.
+        list[str]: a paragraph on structured pruning, unstructured zeros, packed graphs, dynamic int8, other precisions,
+            disturbed timings, as far as it has them; and a warning for each graph that lost too much.
     """
     said = {
         STRUCTURED: has_structured(report),
         ZEROS: any(variant["pattern"] == "unstructured" for variant in report["variants"]),
         PACKED: has_packed(report),
         INT8: has_int8(report),
+        HALF: "fp16" in precisions(report),
+        STATIC: any(precision.startswith("int8") for precision in precisions(report)),
         DISTURBED: any("note" in row for row in report["throughput"]),
     }
-    return [text for text, wanted in said.items() if wanted]
+    return [text for text, wanted in said.items() if wanted] + far_graphs(report)
 
 
 def base_id(variant: Variant) -> str:
@@ -297,7 +403,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def has_int8(report: Report) -> bool:
-    """Tell whether dense graphs were measured in dynamic int8.
+    """Tell whether dense graphs were measured in dynamic int8 beside packed ones.
 
     Args:
         report: a valid report.
@@ -305,7 +411,9 @@ def has_int8(report: Report) -> bool:
     Returns:
         bool: they were.
     """
-    return any(row["precision"] == DYNAMIC for row in (*report["metrics"], *report["throughput"]))
+    return has_packed(report) and any(
+        row["precision"] == DYNAMIC for row in (*report["metrics"], *report["throughput"])
+    )
 
 
 def side_by_side(report: Report) -> list[dict[str, Any]]:
@@ -321,7 +429,7 @@ def side_by_side(report: Report) -> list[dict[str, Any]]:
     timed = {
         tuple(row[key] for key in ("task", "graph", "provider", "batch")): row  # type: ignore[literal-required]
         for row in report["throughput"]
-        if row["precision"] == DYNAMIC
+        if row["precision"] == DYNAMIC and row["variant"] in DENSE
     }
     found = []
     for row in report["throughput"]:

@@ -15,9 +15,12 @@ from vlprune.report.summary import (
     has_packed,
     notes,
     packing,
+    precision_table,
+    precisions,
     ratio,
     score_table,
     side_by_side,
+    square_table,
     verdict,
 )
 
@@ -67,6 +70,8 @@ def print_report(report: Report, screen: Console | None = None) -> None:
         screen.print(RANDOM, style="bold")
     if scores := score_table(report):
         screen.print(table(f"{report['model']['name']}: scores x 100", scores, text_columns=3))
+    if by_precision := precision_table(report):
+        screen.print(table("Scores by precision", by_precision, text_columns=4))
     sparsities = [
         {"variant": variant["id"], "achieved": f"{variant['sparsity']['achieved']:.6f}"}
         | {name: f"{value:.4f}" for name, value in variant["sparsity"]["per_modality"].items()}
@@ -97,7 +102,7 @@ def print_report(report: Report, screen: Console | None = None) -> None:
         {
             "variant": row["variant"],
             "graph": f"{row['task']} / {row['graph']}",
-            **({"weights": packing(row)} if packed else {}),
+            **({"weights": packing(row)} if packed or len(precisions(report)) > 1 else {}),
             "provider": row["provider"],
             "batch": row["batch"],
             "dense ms": f"{row['dense']['p50_ms']:.2f}",
@@ -111,6 +116,8 @@ def print_report(report: Report, screen: Console | None = None) -> None:
         screen.print(table("Throughput", timings))
     if beside := side_by_side(report):
         screen.print(table("Packed beside dynamic int8", beside, text_columns=2))
+    if square := square_table(report):
+        screen.print(table("Dense and compressed, fp32 and fp16", square, text_columns=3))
     if report["graphs"]:
         for note in notes(report):
             screen.print(note)
