@@ -52,8 +52,8 @@ PACKED = (
 )
 INT8 = (
     "The dense graphs in dynamic int8 (by ONNX Runtime, weights of MatMul and Gemm) are measured beside packed ones; "
-    "their files are kept where that precision was asked for. Both are timed in turn with dense fp32: compare the ratios "
-    "rather than the times."
+    "their files are kept where that precision was asked for. Both are timed in turn with dense fp32: compare ratios, "
+    "rather than times."
 )
 HALF = (
     "Graphs in fp16 keep LayerNorm, softmax, sums and whatever came near the largest number of fp16 on real inputs in "
