@@ -94,7 +94,7 @@ class Sizes:
     beams: tuple[int, ...] = (1, 3)
     repeats: int = 3
     shapes: tuple[tuple[int, int], ...] = ((768, 768), (768, 3072), (3072, 768))
-    tokens: tuple[int, ...] = (1, 16, 197, 1576)
+    tokens: tuple[int, ...] = (1, 16, 197)
     grid: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     kernel_seconds: float = 1.0
     judged: bool = True
