@@ -62,4 +62,5 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     with task(description, total) as advance:
         for item in iterable:
             yield item
+            del item  # it may be large, and the next one is made while this name still holds it
             advance(1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from vlprune.errors import RequestError
 from vlprune.pruning.exact import grid
 from vlprune.pruning.parallel import side_by_side
-from vlprune.pruning.selection import BUCKETS, EDGES, between, buckets_of
+from vlprune.pruning.selection import BUCKETS, EDGES, PIECE, between, buckets_of, sizes_of
 
 
 Floats = NDArray[np.float64]
@@ -119,6 +119,16 @@ class _Squares:
     tail: Floats  # [BUCKETS + 1], sum over this bucket and all larger ones
     steps: float  # steps that make up 1
 
+    @classmethod
+    def of(cls, magnitude: Tensor) -> "_Squares":
+        steps = grid(magnitude.max().double().square(), magnitude.numel())
+        sums = torch.zeros(BUCKETS, dtype=torch.float64, device=magnitude.device)
+        for part in magnitude.split(PIECE):
+            terms = part.double().square_().mul_(steps).round_()
+            sums += torch.bincount(buckets_of(part), weights=terms, minlength=BUCKETS)
+        found = sums.cpu().numpy()
+        return cls(np.append(np.cumsum(found[::-1])[::-1], 0.0), steps)
+
     def compare(self, across: Across, magnitude: Floats, tail: Floats) -> Floats:
         """Apply `across`; at least one step in the denominators keeps 0/0 out where all weights are zero."""
         return across(magnitude, np.maximum(tail, 1) / self.steps, max(float(self.tail[0]), 1.0) / self.steps)
@@ -137,14 +147,10 @@ class _Spread:
 
     @classmethod
     def of(cls, magnitude: Tensor, across: Across | None) -> "_Spread":
-        bucket = buckets_of(magnitude)
-        sizes = torch.bincount(bucket, minlength=BUCKETS).cpu().numpy()
+        sizes = sizes_of(magnitude)
         bounds, squares = EDGES, None
         if across:
-            squared = magnitude.double().square_()
-            steps = grid(squared.max(), squared.numel())
-            sums = torch.bincount(bucket, weights=squared.mul_(steps).round_(), minlength=BUCKETS).cpu().numpy()
-            squares = _Squares(np.append(np.cumsum(sums[::-1])[::-1], 0.0), steps)
+            squares = _Squares.of(magnitude)
             bounds = squares.compare(across, EDGES, squares.tail)
         used = np.flatnonzero(sizes)
         return cls(used, sizes[used], bounds[used], bounds[used + 1], across, squares)

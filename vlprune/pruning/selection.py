@@ -16,6 +16,8 @@ from torch import Tensor
 BUCKETS = 0x7F80
 # Bucket b holds the floats from EDGES[b] (included) to EDGES[b + 1] (excluded); [BUCKETS + 1], the last is infinity.
 EDGES: NDArray[np.float64] = (np.arange(BUCKETS + 1, dtype=np.int32) << 16).view(np.float32).astype(np.float64)
+# Scores looked at together: the buckets of more would be a second copy of a large layer.
+PIECE = 2**22
 
 
 def buckets_of(scores: Tensor) -> Tensor:
@@ -28,6 +30,19 @@ def buckets_of(scores: Tensor) -> Tensor:
         Tensor: [n] int32 in [0, BUCKETS).
     """
     return scores.view(torch.int32) >> 16
+
+
+def sizes_of(scores: Tensor) -> NDArray[np.int64]:
+    """Count the scores of every bucket.
+
+    Args:
+        scores: as in `buckets_of`.
+
+    Returns:
+        NDArray[np.int64]: [BUCKETS].
+    """
+    counts = [torch.bincount(buckets_of(part), minlength=BUCKETS) for part in scores.split(PIECE)]
+    return torch.stack(counts).sum(0).cpu().numpy()
 
 
 def between(scores: Tensor, low: float, high: float) -> Tensor:
@@ -59,7 +74,7 @@ def lowest(scores: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
     Yields:
         Tensor: [n] bool, True = kept; exactly `count` are False.
     """
-    cumulative = torch.bincount(buckets_of(scores), minlength=BUCKETS).cumsum(0).cpu().numpy()
+    cumulative = np.cumsum(sizes_of(scores))
     for count in counts:
         if count == 0:
             yield torch.ones_like(scores, dtype=torch.bool)
