@@ -392,6 +392,7 @@ class Stages:
                 "sparsity": {k: summary[k] for k in ("achieved", "per_modality")},
             }
             save_masks(self.run.folder / "masks" / f"{self.variant_id(ratio)}.safetensors", pruned, metadata)
+            del pruned  # before the next masks are made: on a GPU two sets are half the size of the weights
             yield summary
 
     def row(self, variant: Variant, **figures: Any) -> dict[str, Any]:
