@@ -555,6 +555,15 @@ Precision = Annotated[
         help="Precisions of the ONNX graphs: fp16, int8-static, int8-dynamic, beside fp32, which is always there.",
     ),
 ]
+Fuse = Annotated[
+    bool | None,
+    typer.Option(
+        "--fuse/--no-fuse",
+        help="Write graphs of ONNX Runtime's larger operators, too, and those of fp16 so; by default where --provider "
+        "has cuda.",
+        show_default=False,
+    ),
+]
 Pack = Annotated[
     Literal["none", "sparse"],
     typer.Option("--pack", help="sparse: write packed graphs, too, whose layers skip the zeros (CPU only)."),

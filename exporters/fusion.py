@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from vlprune.errors import RequestError
 from vlprune.runtime.operators import DOMAIN
 
 
+MICROSOFT = "com.microsoft"  # domain of onnxruntime's own operators
 SAME_SHAPE = {"Erf", "Gelu", "Identity", "LayerNormalization", "Relu", "Sigmoid", "Tanh"}  # as their first input
 _ELEMENTWISE = {"Add", "Div", "Mul", "Pow", "Sub"}
 _SMALL = 1024  # elements; of larger tensors shape inference needs no values
@@ -124,6 +125,17 @@ class Nodes:
             self.makers[name] = node
         for name in reads(node):
             self.readers.setdefault(name, []).append(node)
+
+    def place(self, node: NodeProto) -> float:
+        """Tell where a node stands.
+
+        Args:
+            node: of this graph.
+
+        Returns:
+            float: see `add`.
+        """
+        return self._places[id(node)]
 
     def replace(self, nodes: Iterable[NodeProto], node: NodeProto) -> None:
         """Put one node in the place of others.
@@ -260,7 +272,9 @@ class Nodes:
         if node is None:
             return None
         first = node.input[0] if node.input else ""
-        if node.domain == DOMAIN:
+        if node.domain in (DOMAIN, MICROSOFT):  # of those that are put in here, see `vlprune.exporters.fuse`
+            return first
+        if node.op_type == "Split" and attributes(node).get("axis", 0) == -1:
             return first
         if node.op_type == "Softmax" or node.op_type in SAME_SHAPE:
             return first if name == node.output[0] else None
@@ -739,6 +753,27 @@ def reads(node: NodeProto) -> list[str]:
             names += [name for inner in graph.node for name in reads(inner)]
             names += [value.name for value in graph.output]
     return names
+
+
+def rebuild(model: ModelProto, nodes: Sequence[NodeProto], tensors: Iterable[TensorProto]) -> ModelProto:
+    """Copy a model with other nodes and tensors.
+
+    Args:
+        model: gives the rest: inputs, outputs, opsets, metadata.
+        nodes: in an order in which they can run.
+        tensors: initializers; those that nothing reads are left out.
+
+    Returns:
+        ModelProto: without notes on its values.
+    """
+    results = {value.name for value in model.graph.output}
+    read = {name for node in nodes for name in reads(node)} | results
+    kept = [tensor for tensor in tensors if tensor.name in read]
+    graph = helper.make_graph(nodes, model.graph.name, model.graph.input, model.graph.output, kept)
+    new = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    new.producer_name, new.producer_version = model.producer_name, model.producer_version
+    new.metadata_props.extend(model.metadata_props)
+    return new
 
 
 def _infer(model: ModelProto) -> dict[str, Dims]:

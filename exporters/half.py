@@ -10,12 +10,12 @@ Only onnx and numpy are imported here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from vlprune.exporters.fusion import attributes, reads
+from vlprune.exporters.fusion import attributes, reads, rebuild
 from vlprune.exporters.ranges import Ranges, types_of
 
 
@@ -25,7 +25,7 @@ SAFE = {
     *("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Clip", "Where", "Erf", "Gelu", "Relu", "Sigmoid", "Tanh"),
     *("MatMul", "Gemm", "Conv", "Expand", "Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split"),
     *("Squeeze", "Transpose", "Unsqueeze", "Cast", "Shape"),
-    *("MultiHeadAttention", "BiasGelu", "QuickGelu"),  # of com.microsoft
+    *("MultiHeadAttention", "BiasGelu", "FastGelu", "QuickGelu"),  # of com.microsoft, as is another Gelu
 }
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -70,8 +70,10 @@ def to_half(model: ModelProto, kept: Mapping[str, str]) -> ModelProto:
     half = _Half(model, {node.output[0] for node in model.graph.node} - kept.keys())
     for node in model.graph.node:
         half.add(node)
-    tensors = [*half.tensors.values(), *half.copies.values()]
-    return _rebuilt(model, half.nodes, tensors, half.halves)
+    new = rebuild(model, half.nodes, [*half.tensors.values(), *half.copies.values()])
+    for name in (name for node in half.nodes for name in node.output if name in half.halves):
+        new.graph.value_info.append(helper.make_tensor_value_info(name, HALF, None))  # inference knows only ONNX's own
+    return new
 
 
 def rounding(model: ModelProto) -> ModelProto:
@@ -110,7 +112,7 @@ def rounding(model: ModelProto) -> ModelProto:
         else tensor
         for tensor in model.graph.initializer
     ]
-    return _rebuilt(model, nodes, tensors, set())
+    return rebuild(model, nodes, tensors)
 
 
 class _Half:
@@ -178,16 +180,3 @@ class _Half:
 
     def _cast(self, before: str, after: str, kind: int) -> None:
         self.nodes.append(helper.make_node("Cast", [before], [after], f"{after}/cast", to=kind))
-
-
-def _rebuilt(
-    model: ModelProto, nodes: Sequence[NodeProto], tensors: Sequence[TensorProto], halves: set[str]
-) -> ModelProto:
-    """Copy a model with other nodes and tensors; note its values of fp16: inference knows only ONNX's own."""
-    graph = helper.make_graph(nodes, model.graph.name, model.graph.input, model.graph.output, tensors)
-    made = [name for node in nodes for name in node.output if name in halves]
-    graph.value_info.extend(helper.make_tensor_value_info(name, HALF, None) for name in made)
-    new = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    new.producer_name, new.producer_version = model.producer_name, model.producer_version
-    new.metadata_props.extend(model.metadata_props)
-    return new

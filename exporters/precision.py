@@ -1,7 +1,8 @@
-"""Write a task's graphs in another precision, and tell how far that takes each from PyTorch.
+"""Write a task's graphs in another precision, or joined, and tell how far that takes each from PyTorch.
 
 fp16 is written by `vlprune.exporters.half`, int8-static and int8-dynamic by `vlprune.exporters.quantize`. Whatever a
-graph loses, it is written and the loss reported; only one that gives NaN or infinity is refused.
+graph loses, it is written and the loss reported; only one that gives NaN or infinity is refused. Graphs in fp32 and
+fp16 may have their nodes joined (`vlprune.exporters.fuse`): that must change nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from onnx import ModelProto, numpy_helper
 
 from vlprune.data.sets import Data
 from vlprune.exporters.compare import compare, walk
+from vlprune.exporters.fuse import Fused
+from vlprune.exporters.fuse import fuse as join
 from vlprune.exporters.graphs import as_function
 from vlprune.exporters.half import kept_nodes, rounding, to_half
 from vlprune.exporters.onnx_files import prunable_weights
@@ -45,9 +48,10 @@ def convert_task(
     inputs: Data,
     ranges: Mapping[str, Ranges],
     *,
+    fuse: bool = False,
     threads: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Write the graphs of a task in another precision into a folder that is complete by itself.
+    """Write the graphs of a task in another form into a folder that is complete by itself.
 
     Files are written in place: give a temporary folder and rename it.
 
@@ -55,20 +59,22 @@ def convert_task(
         model: what the graphs were exported from, on the CPU.
         plain: folder of the plain graphs.
         folder: an existing, empty folder.
-        precision: "fp16", "int8-static" or "int8-dynamic".
+        precision: "fp16", "int8-static" or "int8-dynamic"; "fp32" for graphs that are only joined.
         data: real images and texts; each graph is compared with PyTorch on six of them.
         inputs: those that the ranges were measured on; they decide what int8-static leaves in fp32.
-        ranges: graph -> ranges of its values (`vlprune.exporters.ranges.measure`); {} will do for int8-dynamic.
+        ranges: graph -> ranges of its values (`vlprune.exporters.ranges.measure`), for fp16 and int8-static.
+        fuse: join nodes into ONNX Runtime's larger ones, in fp32 and fp16.
         threads: CPU threads of ONNX Runtime, None = all.
 
     Returns:
         list[dict[str, Any]]: per graph its name (`graph`), its `file` in the folder, `precision`, `bytes`,
             `nonzero_fraction` of the prunable weights in it, `max_abs_diff` and `cosine_min` against PyTorch, and
-            `kept_fp32`, the nodes left in fp32 and why. Figures of fp16 are with every result rounded to fp16.
+            `kept_fp32`, the nodes left in fp32 and why. Figures of fp16 are with every result rounded to fp16. Where
+            nodes were joined: `fused`, how many operators of each kind were made (`fusions`), and `not_fused`.
 
     Raises:
         RequestError: a plain graph is missing or broken.
-        MachineError: a graph gives NaN or infinity.
+        MachineError: a graph gives NaN or infinity, or one that is only joined differs from PyTorch.
     """
     spec = read_json(plain / "task.json")
     graphs = import_module(f"vlprune.exporters.{model.family}").graphs(model, spec["task"])
@@ -80,31 +86,42 @@ def convert_task(
     rows, opened = [], {}
     for name in track(graphs, label, len(graphs)):
         file, graph = folder / f"{name}.onnx", load(plain / f"{name}.onnx")
-        names = {node.output[0]: node.name or node.output[0] for node in graph.graph.node}
+        joined = join(graph) if fuse else Fused(graph)
         if precision == "fp16":
-            kept[name] = kept_nodes(graph, ranges[name])
-            half = to_half(graph, kept[name])
-            save(half, file)
-            runs = open_bytes(rounding(half).SerializeToString(), threads=threads)
-        elif precision == "int8-static":
-            save(static(graph, ranges[name], kept[name]), file)
-            runs = session(file, threads=threads)
-        else:
-            write_dynamic(graph, file)
-            runs = session(file, threads=threads)
+            kept[name] = kept_nodes(joined.model, ranges[name], joined.inside)
+        names = {node.output[0]: node.name or node.output[0] for node in joined.model.graph.node}
+        runs = _write(joined.model, file, precision, ranges.get(name, {}), kept[name], threads)
         opened[name] = OnnxGraph(runs, name)
-        written, described = load(file), [f"{names[output]}: {reason}" for output, reason in kept[name].items()]
         row = {"graph": name, "file": file.name, "precision": precision}
         row |= {"bytes": sum(path.stat().st_size for path in folder.glob(f"{name}.onnx*"))}
-        row |= {"nonzero_fraction": _nonzero(written, prunable), "kept_fp32": described}
+        row |= {"nonzero_fraction": _nonzero(load(file), prunable)}
+        if precision != "fp32":
+            row |= {"kept_fp32": [f"{names[output]}: {reason}" for output, reason in kept[name].items()]}
+        if fuse:
+            row |= {"fused": True, "fusions": joined.taken, "not_fused": joined.missed}
         rows.append(row)
     reference = {name: as_function(graph) for name, graph in graphs.items()}
-    differences = compare(reference, opened, spec, model.processor, data, math.inf)
+    differences = compare(reference, opened, spec, model.processor, data, 1e-4 if precision == "fp32" else math.inf)
     for row in rows:
         difference = differences[row["graph"]]
         row |= {"max_abs_diff": difference.max_abs_diff, "cosine_min": difference.cosine_min}
     copy_others(plain, folder)
     return rows
+
+
+def _write(
+    graph: ModelProto, file: Path, precision: str, ranges: Ranges, kept: Mapping[str, str], threads: int | None
+) -> Any:
+    """Write one graph; open what shows how far it is from PyTorch."""
+    if precision == "fp16":
+        half = to_half(graph, kept)
+        save(half, file)
+        return open_bytes(rounding(half).SerializeToString(), threads=threads)
+    if precision == "int8-dynamic":
+        write_dynamic(graph, file)
+    else:
+        save(static(graph, ranges, kept) if precision == "int8-static" else graph, file)
+    return session(file, threads=threads)
 
 
 def _sensitive(

@@ -55,6 +55,7 @@ def compress(
     bench_batches: list[int] | None = None,
     samples: int | None = None,
     precision: list[str] | None = None,
+    fuse: bool | None = None,
     pack: str = "none",
     values: str = "fp32",
     target: str = "auto",
@@ -96,6 +97,8 @@ def compress(
         bench_batches: batch sizes to time.
         samples: test samples per task at most.
         precision: of the ONNX graphs: "fp16", "int8-static", "int8-dynamic" beside "fp32", which is always written.
+        fuse: write graphs, too, whose nodes are joined into ONNX Runtime's larger ones, and those of fp16 so; None =
+            where they are measured on CUDA.
         pack: "sparse" = write packed graphs of the pruned variants, too, whose Linears skip the zeros (CPU only).
         values: weights in packed graphs: "fp32" exact, "fp16" rounded and half the size.
         target: instruction set that decides which layers are packed: "auto" = this machine's, "avx512", "avx2",
@@ -123,12 +126,15 @@ def compress(
         "samples": samples,
     }
     recipe |= _structured_recipe(method, round_widths, mope, distill)
-    recipe |= {"precision": _precisions(precision), **_pack_recipe(pack, values, target, pack_threshold)}
+    recipe |= {"precision": _precisions(precision), "fuse": "cuda" in recipe["providers"] if fuse is None else fuse}
+    recipe |= _pack_recipe(pack, values, target, pack_threshold)
     _check_packing(method, pack)
     if pack != "none" and not export:
         raise RequestError(f"--pack {pack} packs ONNX graphs: add --export onnx")
     if len(recipe["precision"]) > 1 and not export:
         raise RequestError(f"--precision {','.join(precision or [])} is of ONNX graphs: add --export onnx")
+    if fuse and not export:
+        raise RequestError("--fuse joins nodes of ONNX graphs: add --export onnx")
     for provider in recipe["providers"]:
         check_provider(provider)
     stages = _start(Path(output), recipe, resume)
@@ -259,6 +265,7 @@ def export(
     data: dict[str, str] | None = None,
     tasks: list[str] | None = None,
     precision: list[str] | None = None,
+    fuse: bool | None = None,
     pack: str = "none",
     values: str = "fp32",
     target: str = "auto",
@@ -273,6 +280,7 @@ def export(
         data: added to the run's data; real inputs for the comparison.
         tasks: see `compress`.
         precision: see `compress`.
+        fuse: see `compress`; None = no.
         pack: see `compress`.
         values: see `compress`.
         target: see `compress`.
@@ -284,6 +292,7 @@ def export(
         dict[str, Any]: report.json.
     """
     changes: dict[str, Any] = {"threads": threads, "export": "onnx", "precision": _precisions(precision)}
+    changes["fuse"] = bool(fuse)
     changes |= _pack_recipe(pack, values, target, pack_threshold)
     stages = _reopen(run, data, tasks, resume, changes)
     _export(stages)
@@ -423,12 +432,12 @@ def _export(stages: Stages) -> None:
         for variant in stages.shipped():
             if stages.packs and variant.ratio is not None:
                 stages.pack(variant, task)
-            for precision in stages.precisions:
-                stages.convert(variant, task, precision)
+            for form in stages.forms:
+                stages.convert(variant, task, form)
 
 
 def _validate(stages: Stages) -> None:
-    stages.check_precisions()
+    stages.check_forms()
     if stages.model.source.random_weights:
         return
     for variant, task, provider, form in stages.served():
@@ -441,7 +450,7 @@ def _samples(stages: Stages) -> None:
 
 
 def _bench(stages: Stages) -> None:
-    stages.check_precisions()
+    stages.check_forms()
     for variant, task, provider, form in stages.served():
         if (variant, form) != (stages.dense, "plain"):  # which the others are timed against
             stages.bench(variant, task, provider, form)

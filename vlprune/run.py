@@ -58,6 +58,7 @@ RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later
     "bench_batches": list,
     "samples": int | None,
     "precision": list,
+    "fuse": bool,
     "pack": str,
     "values": str,
     "target": str,
@@ -67,7 +68,7 @@ RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later
     "distill": list | None,
 }
 OLDER: dict[str, Any] = {  # what older recipes leave out
-    "precision": ["fp32"], "pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None,
+    "precision": ["fp32"], "fuse": False, "pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None,
     "round_widths": True, "mope": {}, "distill": None,
 }  # fmt: skip
 OWN = (

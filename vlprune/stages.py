@@ -59,9 +59,9 @@ from vlprune.training.finetune import FinetuneOptions, finetune
 
 
 BATCH = 32  # samples at once in calibration and evaluation
-# Forms of the exported graphs: as exported; packed; else a name of `names.PRECISIONS`. The dense graphs are quantised
-# to dynamic int8 while packed ones are measured, and not kept where that precision was not asked for.
-PLAIN, PACKED, INT8 = "plain", packed_files.PACKED, DYNAMIC
+# Forms of the exported graphs: as exported; packed; with joined nodes; else a name of `names.PRECISIONS`. The dense
+# graphs are quantised to dynamic int8 while packed ones are measured, and not kept where that was not asked for.
+PLAIN, PACKED, FUSED, INT8 = "plain", packed_files.PACKED, "fused", DYNAMIC
 BENCH_SECONDS = 2.0  # per graph and batch size; slow graphs take their ten rounds, however long
 
 
@@ -195,13 +195,18 @@ class Stages:
 
         Yields:
             tuple[Variant, str, str, str]: variant, task, provider and form of the graphs: pruned variants may be
-                packed, and stand beside the dense one in int8 then. Dynamic int8 exists for the CPU only.
+                packed, and stand beside the dense one in int8 then. Dynamic int8 is for the CPU only, and joined
+                nodes are none of TensorRT's.
         """
         for provider in self.recipe["providers"]:
             packs = self.packs and provider == "cpu"
             for task in self.tasks:
                 for variant in self.shipped():
-                    forms = [PLAIN, *(p for p in self.precisions if p != INT8 or provider == "cpu")]
+                    forms = [PLAIN, *self.forms]
+                    if provider != "cpu":
+                        forms = [form for form in forms if form != INT8]
+                    if provider == "tensorrt":
+                        forms = [form for form in forms if not self._described(form).get("fused")]
                     if packs:
                         forms.append(INT8 if variant.ratio is None else PACKED)
                     for form in dict.fromkeys(forms):
@@ -637,41 +642,50 @@ class Stages:
         """The precisions that graphs are shipped in beside fp32."""
         return [precision for precision in self.recipe["precision"] if precision != "fp32"]
 
-    def check_precisions(self) -> None:
-        """Make sure that the graphs are there in the precisions of the recipe.
+    @property
+    def forms(self) -> list[str]:
+        """The forms that all shipped variants have beside the plain one."""
+        return [FUSED, *self.precisions] if self.recipe["fuse"] else self.precisions
+
+    def check_forms(self) -> None:
+        """Make sure that the graphs are there in the forms of the recipe.
 
         Raises:
             RequestError: they were not exported in one of them.
         """
-        for precision in self.precisions:
+        for form in self.forms:
             for variant, task in ((variant, task) for task in self.tasks for variant in self.shipped()):
-                if not (self._graphs(variant, task, precision) / "task.json").is_file():
+                if not (self._graphs(variant, task, form) / "task.json").is_file():
+                    option = "--fuse" if form == FUSED else f"--precision {','.join(self.precisions)}"
                     raise RequestError(
-                        f"{self.run.folder} has no graphs of {variant.id} for {task} in {precision}: "
-                        f"vlprune export {self.run.folder} --precision {','.join(self.precisions)} --resume"
+                        f"{self.run.folder} has no graphs of {variant.id} for {task} in {form}: "
+                        f"vlprune export {self.run.folder} {option} --resume"
                     )
 
-    def convert(self, variant: Variant, task: str, precision: str) -> None:
-        """Write the graphs in another precision beside the plain ones and compare each with PyTorch."""
-        folder = self._graphs(variant, task, precision)
-        key = {**self.key("calibration", "calibration_samples", "data"), "samples": ranges.SAMPLES}
+    def convert(self, variant: Variant, task: str, form: str) -> None:
+        """Write the graphs in another form beside the plain ones and compare each with PyTorch."""
+        folder = self._graphs(variant, task, form)
+        key = {**self.key("calibration", "calibration_samples", "data", "fuse"), "samples": ranges.SAMPLES}
         reuse = self.run.resume and (folder / "task.json").is_file()
-        work = partial(self._convert, variant, task, precision, folder)
-        self.run.stage(f"convert/{variant.id}/{task}/{precision}", key, work, (f"export/{variant.id}/{task}",), reuse)
+        work = partial(self._convert, variant, task, form, folder)
+        self.run.stage(f"convert/{variant.id}/{task}/{form}", key, work, (f"export/{variant.id}/{task}",), reuse)
 
-    def _convert(self, variant: Variant, task: str, precision: str, folder: Path) -> dict[str, Any]:
+    def _convert(self, variant: Variant, task: str, form: str, folder: Path) -> dict[str, Any]:
         plain, model, inputs = self._graphs(variant, task), self.build(variant, task), self.inputs(task)
-        threads = self.recipe["threads"]
-        if (variant.id, task) not in self._ranges and precision != INT8:  # which looks at them anew in each run
+        threads, described = self.recipe["threads"], self._described(form)
+        options = {"fuse": described.get("fused", False), "threads": threads}
+        if (variant.id, task) not in self._ranges and form not in (INT8, FUSED):  # which need none
             spec = read_json(plain / "task.json")
             self._ranges[variant.id, task] = ranges.measure(plain, spec, model.processor, inputs, threads)
         found = self._ranges.get((variant.id, task), {})
         data = self.data(task, "test")
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            rows = exporters.convert_task(model, plain, temporary, precision, data, inputs, found, threads=threads)
+            rows = exporters.convert_task(
+                model, plain, temporary, described["precision"], data, inputs, found, **options
+            )
         before = {row["graph"]: row for row in self.run.rows(f"export/{variant.id}/{task}")["graphs"]}
-        file = f"onnx/{variant.id}/{task}/{precision}"
+        file = f"onnx/{variant.id}/{task}/{form}"
         return {"graphs": [{**before[row["graph"]], **row, "file": f"{file}/{row['file']}"} for row in rows]}
 
     def inputs(self, task: str) -> Data:
@@ -688,6 +702,8 @@ class Stages:
     def _described(self, form: str) -> dict[str, Any]:
         """Tell in a row how the graphs compute and store their weights."""
         described = {"precision": form if form in PRECISIONS else "fp32", "packed": form == PACKED}
+        if form == FUSED or (form == "fp16" and self.recipe["fuse"]):
+            described["fused"] = True
         return {**described, "weights": self.recipe["values"]} if form == PACKED else described
 
     def _graphs(self, variant: Variant, task: str, form: str = PLAIN) -> Path:
@@ -712,7 +728,7 @@ class Stages:
         return "" if form == PLAIN else f"/{form}"
 
     def _written_by(self, variant: Variant, task: str, form: str) -> str:
-        if form in self.precisions:
+        if form in self.forms:
             return f"convert/{variant.id}/{task}/{form}"
         return f"{'pack' if form == PACKED else 'export'}/{variant.id}/{task}"
 

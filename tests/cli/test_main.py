@@ -66,6 +66,7 @@ def test_compress_hands_everything_over(pipeline: Any, tmp_path: Path, capsys: p
         "bench_batches": [1, 8],
         "samples": None,
         "precision": None,
+        "fuse": None,
         "pack": "none",
         "values": "fp32",
         "target": "auto",

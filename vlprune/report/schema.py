@@ -114,6 +114,7 @@ class Metrics(TypedDict):
         ci95: metric -> [low, high], 95 % bootstrap interval over samples, in the unit of the value.
         skipped: broken records left out (`--skip-broken`).
         weights: how a packed file stores them, "fp32" or "fp16"; `precision` is that of the computation.
+        fused: nodes were joined into ONNX Runtime's larger ones; left out where they were not.
     """
 
     variant: str
@@ -128,6 +129,7 @@ class Metrics(TypedDict):
     ci95: dict[str, list[float]]
     skipped: NotRequired[int]
     weights: NotRequired[str]
+    fused: NotRequired[bool]
 
 
 class Graph(TypedDict):
@@ -149,6 +151,9 @@ class Graph(TypedDict):
         linears: how many Linears a packed file has, those made one node counted once.
         linears_packed: how many of them are packed; packing.json beside the file tells why others are not.
         kept_fp32: nodes that stay in fp32 in a graph of another precision, and why.
+        fused: see `Metrics`.
+        fusions: operator -> how many of it were made by joining nodes.
+        not_fused: nodes that were looked at and not joined, and why.
     """
 
     variant: str
@@ -166,6 +171,9 @@ class Graph(TypedDict):
     linears: NotRequired[int]
     linears_packed: NotRequired[int]
     kept_fp32: NotRequired[list[str]]
+    fused: NotRequired[bool]
+    fusions: NotRequired[dict[str, int]]
+    not_fused: NotRequired[list[str]]
 
 
 class Timing(TypedDict):
@@ -197,6 +205,7 @@ class Throughput(TypedDict):
         dropped: rounds thrown away because other processes took cores.
         note: why there is no verdict, where there is none.
         weights: how the compressed side stores them where it is packed, "fp32" or "fp16".
+        fused: see `Metrics`; of the compressed side, and of the dense one unless that side is dense itself.
     """
 
     variant: str
@@ -215,6 +224,7 @@ class Throughput(TypedDict):
     dropped: NotRequired[int]
     note: NotRequired[str]
     weights: NotRequired[str]
+    fused: NotRequired[bool]
 
 
 class Output(TypedDict):

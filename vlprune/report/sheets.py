@@ -320,7 +320,7 @@ def megabytes(count: int) -> str:
 
 
 def _packed(row: Mapping[str, Any]) -> str:
-    return f", {packing(row)}" if row["packed"] else ""
+    return f", {packing(row)}" if row["packed"] else ", fused" if row.get("fused") else ""
 
 
 def _named(name: str, rows: Sequence[Mapping[str, Any]], text_columns: int, intro: str = "") -> Sheet | None:

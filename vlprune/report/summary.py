@@ -60,6 +60,10 @@ HALF = (
     "fp32. Their differences to PyTorch are with every result rounded to fp16, as GPUs do; a CPU computes them in fp32 "
     "with rounded weights, so that they are no faster there."
 )
+FUSED = (
+    "Fused graphs compute the same with ONNX Runtime's larger operators: attention, LayerNorm with the sum before it, "
+    "activation with the bias before it. report.json tells of each graph what was fused and what was not, and why."
+)
 STATIC = (
     "Graphs in int8 hold the weights of matrix products per output channel, zeros stay zeros, small weights become "
     "zeros; attention products, convolutions and embeddings stay in fp32."
@@ -200,7 +204,7 @@ def square_table(report: Report) -> list[dict[str, str]]:
     plain = {
         (row["precision"], *(row[key] for key in keys)): row  # type: ignore[literal-required]
         for row in report["throughput"]
-        if not row["packed"]
+        if not row["packed"] and not (row["precision"] == "fp32" and row.get("fused"))
     }
     found = []
     for (precision, variant, *rest), full in plain.items():
@@ -271,6 +275,7 @@ def notes(report: Report) -> list[str]:
         ZEROS: any(variant["pattern"] == "unstructured" for variant in report["variants"]),
         PACKED: has_packed(report),
         INT8: has_int8(report),
+        FUSED: any(row.get("fused") for row in report["graphs"]),
         HALF: "fp16" in precisions(report),
         STATIC: any(precision.startswith("int8") for precision in precisions(report)),
         DISTURBED: any("note" in row for row in report["throughput"]),
@@ -335,11 +340,13 @@ def packing(row: Mapping[str, Any]) -> str:
         row: of metrics, graphs or throughput.
 
     Returns:
-        str: "plain", the precision where that is another than fp32, or "packed" and how the values are stored.
+        str: "plain"; the precision where that is another than fp32, and "fused" where nodes were joined; or "packed"
+            and how the values are stored.
     """
     if row["packed"]:
         return f"packed {row.get('weights', '')}".rstrip()
-    return "plain" if row["precision"] == "fp32" else str(row["precision"])
+    precision = "" if row["precision"] == "fp32" else row["precision"]
+    return ", ".join(filter(None, [precision, "fused" if row.get("fused") else ""])) or "plain"
 
 
 def has_packed(report: Report) -> bool:

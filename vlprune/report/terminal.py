@@ -98,11 +98,12 @@ def print_report(report: Report, screen: Console | None = None) -> None:
     ]
     if sizes:
         screen.print(table("Size of packed graphs", sizes))
+    forms = len(precisions(report)) > 1 or any(row.get("fused") for row in report["throughput"])
     timings = [
         {
             "variant": row["variant"],
             "graph": f"{row['task']} / {row['graph']}",
-            **({"weights": packing(row)} if packed or len(precisions(report)) > 1 else {}),
+            **({"weights": packing(row)} if packed or forms else {}),
             "provider": row["provider"],
             "batch": row["batch"],
             "dense ms": f"{row['dense']['p50_ms']:.2f}",
