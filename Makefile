@@ -6,7 +6,7 @@ EXTRA  ?= cpu
 STAMP  := $(VENV)/.installed-$(EXTRA)
 LINTED := build/lint
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo browser test lint bench clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,14 @@ $(STAMP): pyproject.toml
 
 demo: setup
 	$(BIN)/vlprune compress blip-tiny --ratio 0.9 --export onnx --samples 200 --bench-batch 1 --output demo
+
+# The tests of report.html run in Chromium, and are skipped without it. Continuous integration calls this first.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit 0; done; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	test "$$(id -u)" = 0 && apt-get update --quiet=2 \
+		&& apt-get install --quiet=2 --yes --no-install-recommends chromium fonts-dejavu-core > /dev/null \
+		|| echo "no Chromium: the tests of report.html in a browser will be skipped; install it, or run this as root on Debian"
 
 test: setup
 	$(BIN)/python -m pytest -q

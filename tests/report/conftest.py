@@ -106,3 +106,68 @@ def report() -> dict[str, Any]:
             "threads": 2,
         },
     }
+
+
+def _output(variant: str, text: str, packed: bool | None = None, **more: Any) -> dict[str, Any]:
+    where = {"variant": variant, "runtime": "pytorch", "provider": "cpu", "precision": "fp32", "packed": False}
+    if packed is not None:
+        where |= {"runtime": "onnxruntime", "packed": packed} | ({"weights": "fp32"} if packed else {})
+    return {**where, "text": text, **more}
+
+
+@pytest.fixture
+def rich(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with two ratios, layers of two modalities, packed graphs, all verdicts, and samples."""
+    layers = {f"vision.blocks.{n}.{name}": 0.8 + 0.05 * n for n in range(3) for name in ("qkv", "fc1")}
+    layers |= {f"text.{n}.query": 0.95 for n in range(2)} | {"text_proj": 1.0}
+    report["model"]["modalities"] = {name: name.split(".")[0].removesuffix("_proj") for name in layers}
+    for variant in report["variants"]:
+        variant["sparsity"]["per_layer"] = layers if variant["method"] else dict.fromkeys(layers, 0.0)
+    for ratio, shift in ((0.5, 0.0),):
+        for name, finetuned in ((f"multiflow-{ratio}", False), (f"multiflow-{ratio}-finetuned", True)):
+            report["variants"].append(_variant(name, "multiflow", ratio, ratio, finetuned))
+            report["variants"][-1]["sparsity"]["per_layer"] = {layer: share / 2 for layer, share in layers.items()}
+            report["metrics"].append(_metrics(name, "vqa", {"accuracy": [0.97 + shift, 0.95, 0.98]}))
+    graph = report["graphs"][0]
+    report["graphs"].append(graph | {"packed": True, "weights": "fp32", "bytes": 1_050_000, "file": "onnx/packed.onnx"})
+    timed = report["throughput"][0]
+    slower = {"compressed": timed["compressed"] | {"p50_ms": 12.5}, "ratio": 0.8, "ratio_ci95": [0.78, 0.82]}
+    faster = {"compressed": timed["compressed"] | {"p50_ms": 4.76}, "ratio": 2.1, "ratio_ci95": [2.0, 2.2]}
+    packed = timed | {"packed": True, "weights": "fp32"}
+    report["throughput"] += [
+        packed | slower | {"verdict": "slower", "batch": 1},
+        packed | faster | {"verdict": "faster"},
+        packed | {"graph": "itm", "note": "other processes disturbed 9 of 12 rounds"},
+    ]
+    tuned = "multiflow-0.9-finetuned"
+    chosen = {"dataset": "scenes", "differs": True, "differing": 3, "candidates": 200}
+    report["samples"] = [
+        {
+            "task": "vqa",
+            "sample": 0,
+            "images": ["samples/vqa/0.jpg"],
+            "question": "what color is it?",
+            "expected": ["red"],
+            "outputs": [
+                _output("multiflow-0.9", "blue", correct=0.0),
+                _output("dense-finetuned", "red", correct=1.0),
+                _output(tuned, "red", correct=1.0),
+                _output(tuned, "green", packed=True, correct=0.3),
+            ],
+            **chosen,
+        },
+        {
+            "task": "retrieval",
+            "sample": 1,
+            "images": [],
+            "question": "a red circle",
+            "expected": [],
+            "image": "samples/retrieval/1.jpg",
+            "outputs": [
+                _output("dense", "", image="samples/retrieval/1.jpg", correct=1.0, rank=1),
+                _output(tuned, "", image="samples/retrieval/2.jpg", correct=0.0, rank=4),
+            ],
+            **chosen,
+        },
+    ]
+    return report

@@ -56,7 +56,7 @@ def linear(values: Iterable[float], floor: float | None = None) -> Scale:
     low, high = low - room, high + room
     if floor is not None:
         low = max(low, floor)
-    step = _round_step((high - low) / 4)
+    step = _round_step((high - low) / 5.5)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return Scale(low, high, tuple(round(k * step, 10) for k in range(first, last + 1)))
 
