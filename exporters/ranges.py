@@ -118,5 +118,5 @@ class _Watched:
         low, high = self.ranges.get(name, (0.0, 0.0))
         for array in arrays:
             if array.size:
-                low, high = min(low, float(array.min())), max(high, float(array.max()))
+                low, high = float(np.minimum(low, array.min())), float(np.maximum(high, array.max()))  # NaN stays
         self.ranges[name] = (low, high)
