@@ -51,6 +51,8 @@ class FinetuneOptions:
         seed: of order, captions, dropout and drawn negatives.
         precision: "bf16" computes under autocast with float32 weights; "auto" does so where the device is fast at it.
         device: "auto", "cpu" or "cuda".
+        gradient_checkpointing: compute the inside of layers again in the backward pass instead of keeping it.
+        compile: torch.compile the layers.
     """
 
     mode: Literal["heads", "full"] = "full"
@@ -62,6 +64,8 @@ class FinetuneOptions:
     seed: int = 0
     precision: Precision = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 def settle(
@@ -119,7 +123,7 @@ def settle(
     device = _device(options.device)
     return Settings(
         options.mode, max(1, steps), max(1, batch_size), float(values["lr"]), options.weight_decay, options.seed,
-        _precision(options.precision, device), device,
+        _precision(options.precision, device), device, options.gradient_checkpointing, options.compile,
     )  # fmt: skip
 
 
@@ -246,6 +250,8 @@ def finetune(
     device = accelerator(settings).device
     model.to(device)
     if teacher is not None:
+        if settings.compile:
+            raise RequestError("distillation reads inside the layers, which --compile hides: leave one of them out")
         teacher.check(model, task)
         teacher.model.to(device).eval()
     lock = MaskLock(model.layers(), masks)

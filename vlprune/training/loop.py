@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from vlprune.files import atomic_path
 from vlprune.models.family import Batch, Model
 from vlprune.progress import task as progress
 from vlprune.training.batches import Batches
+from vlprune.training.blocks import compiled, recomputed
 
 
 CLIP = 1.0  # norm of the gradient; the authors do not clip, but short schedules need larger rates
@@ -45,6 +47,8 @@ class Settings:
         seed: of everything random.
         precision: "bf16" or "fp32".
         device: "cpu" or "cuda".
+        gradient_checkpointing: layers are computed again in the backward pass (`vlprune.training.blocks`).
+        compile: layers are compiled.
     """
 
     mode: str
@@ -55,6 +59,8 @@ class Settings:
     seed: int
     precision: str
     device: str
+    gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 class Watcher:
@@ -151,6 +157,8 @@ def train(
     steps = range(resumed_from, settings.steps)
     try:
         with (
+            compiled(model) if settings.compile else nullcontext(),
+            recomputed(model) if settings.gradient_checkpointing else nullcontext(),
             torch.random.fork_rng(devices=[acc.device] if acc.device.type == "cuda" else []),
             progress(label, settings.steps) as advance,
             Batches(model, data, settings.batch_size, settings.seed, steps) as batches,

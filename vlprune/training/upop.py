@@ -118,7 +118,9 @@ def search(
         MachineError: no CUDA, no space.
     """
     options = options or SearchOptions()
-    settings = settle(replace(options.training, mode="full"), model, task, data, _authors(ratio))
+    # Not compiled: the masks are multiplied inside the layers.
+    training = replace(options.training, mode="full", compile=False)
+    settings = settle(training, model, task, data, _authors(ratio))
     if options.lr is not None and not 0 < options.lr < math.inf:
         raise RequestError(f"a search with lr = {options.lr!r}: give a positive number")
     given = options.training.lr is not None or "lr" in model.options.get("finetune", {})
