@@ -617,6 +617,13 @@ LearningRate = Annotated[
     typer.Option("--lr", parser=parse_rate, metavar="RATE", help="Peak learning rate of the cosine schedule."),
 ]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, metavar="N", help="Samples per step.")]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing", help="Fine-tune with less memory: what layers compute is computed again, not kept."
+    ),
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Fine-tune with torch.compile, which needs a C++ compiler.")]
 ImageSize = Annotated[
     int | None,
     typer.Option("--image-size", min=16, metavar="PIXELS", help="Interpolate the position embeddings to this side."),

@@ -48,6 +48,8 @@ def compress(
     epochs: int | None = None,
     lr: float | None = None,
     batch_size: int | None = None,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
     distill: list[float] | None = None,
     image_size: int | None = None,
     export: str | None = None,
@@ -88,6 +90,8 @@ def compress(
         epochs: of fine-tuning.
         lr: peak learning rate of fine-tuning.
         batch_size: of fine-tuning; a smaller one than 32 also holds for calibration and evaluation.
+        gradient_checkpointing: fine-tuning keeps less in memory, and computes it again.
+        compile: fine-tuning compiles the layers.
         distill: weights of similarity, feature and hidden losses, by which models pruned by a structured method are
             fine-tuned for retrieval to resemble the dense one (`vlprune.training.distill`); [] = no distillation;
             None = what belongs to the method: 1, 1000, 1 for mope, none for the others.
@@ -118,7 +122,7 @@ def compress(
         threads, seed, skip_broken,
     )  # fmt: skip
     recipe |= {
-        "finetune": _finetune_recipe(finetune, max_steps, epochs, lr),
+        "finetune": _finetune_recipe(finetune, max_steps, epochs, lr, gradient_checkpointing, compile),
         "batch_size": batch_size,
         "export": export,
         "providers": providers or ["cpu"],
@@ -129,6 +133,7 @@ def compress(
     recipe |= {"precision": _precisions(precision), "fuse": "cuda" in recipe["providers"] if fuse is None else fuse}
     recipe |= _pack_recipe(pack, values, target, pack_threshold)
     _check_packing(method, pack)
+    _check_compile(recipe)
     if pack != "none" and not export:
         raise RequestError(f"--pack {pack} packs ONNX graphs: add --export onnx")
     if len(recipe["precision"]) > 1 and not export:
@@ -223,6 +228,8 @@ def finetune(
     epochs: int | None = None,
     lr: float | None = None,
     batch_size: int | None = None,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
     device: str = "auto",
     threads: int | None = None,
     seed: int | None = None,
@@ -240,6 +247,8 @@ def finetune(
         epochs: see `compress`.
         lr: see `compress`.
         batch_size: see `compress`.
+        gradient_checkpointing: see `compress`.
+        compile: see `compress`.
         device: see `compress`.
         threads: see `compress`.
         seed: of the fine-tuning, None = the run's.
@@ -249,7 +258,8 @@ def finetune(
     Returns:
         dict[str, Any]: report.json.
     """
-    chosen = _finetune_recipe(finetune, max_steps, epochs, lr) | ({} if seed is None else {"seed": seed})
+    chosen = _finetune_recipe(finetune, max_steps, epochs, lr, gradient_checkpointing, compile)
+    chosen |= {} if seed is None else {"seed": seed}
     changes: dict[str, Any] = {"finetune": chosen, "batch_size": batch_size}
     changes |= {"device": device, "threads": threads, "skip_broken": skip_broken}
     _check_device(device)
@@ -544,8 +554,17 @@ def _check_packing(method: str, pack: str) -> None:
         raise RequestError(f"--pack {pack} packs zeros, and {method} leaves none: its graphs are small as they are")
 
 
-def _finetune_recipe(mode: str, max_steps: int | None, epochs: int | None, lr: float | None) -> dict[str, Any]:
-    return {"mode": mode, "max_steps": max_steps, "epochs": epochs, "lr": lr}
+def _finetune_recipe(
+    mode: str,
+    max_steps: int | None,
+    epochs: int | None,
+    lr: float | None,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+) -> dict[str, Any]:
+    chosen: dict[str, Any] = {"mode": mode, "max_steps": max_steps, "epochs": epochs, "lr": lr}
+    how = {"gradient_checkpointing": gradient_checkpointing, "compile": compile}
+    return chosen | {name: True for name, wanted in how.items() if wanted}  # older recipes tell of neither
 
 
 def _precisions(chosen: list[str] | None) -> list[str]:
@@ -573,6 +592,11 @@ def _check_operators(recipe: dict[str, Any]) -> None:
         import onnxruntime
 
         operators.register(onnxruntime.SessionOptions())
+
+
+def _check_compile(recipe: dict[str, Any]) -> None:
+    if recipe["finetune"].get("compile") and recipe["distill"]:
+        raise RequestError("distillation reads inside the layers, which --compile hides: leave it or --distill out")
 
 
 def _check_choices(ratios: list[float], method: str, pattern: str, tasks: list[str]) -> None:
@@ -649,6 +673,7 @@ def _reopen(
         raise RequestError(f"{folder} was pruned without data: give --data TASK=PATH; {accepted_by(names.TASKS)}")
     chosen = [*recipe["data"], *(recipe["tasks"] or [])]
     _check_packing(recipe["method"], recipe["pack"])
+    _check_compile(recipe)
     _check_choices(recipe["ratios"], recipe["method"], recipe["pattern"], chosen)
     _check_sources(recipe["model"], recipe["calibration"], recipe["data"])
     stages = _set_up(run)
