@@ -11,7 +11,7 @@ from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import Any
 
-from vlprune.errors import MachineError, RequestError, VlpruneError
+from .errors import MachineError, RequestError, VlpruneError
 
 
 @contextmanager

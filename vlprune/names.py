@@ -7,7 +7,7 @@ code; a test keeps both equal.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from vlprune.errors import RequestError
+from .errors import RequestError
 
 
 UNSTRUCTURED = ("multiflow", "omp", "local-magnitude", "modal-magnitude", "l2", "lamp", "random")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlprune.data import images
+from vlprune.data import decode
 from vlprune.data.images import BrokenImageError, load_image
 
 
@@ -118,7 +118,7 @@ def test_no_image(tmp_path, thumbnail):
 @pytest.mark.parametrize("size", [(12_000, 12_000), (60_000, 60_000)])
 def test_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, size, monkeypatch):
     (tmp_path / "a.png").write_bytes(png(*size))
-    monkeypatch.setattr(images, "_to_rgb", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(decode, "_to_rgb", lambda image: pytest.fail("decoded"))
     with pytest.raises(BrokenImageError, match="pixels"):
         load_image(tmp_path / "a.png")
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlprune.errors import RequestError
-from vlprune.files import read_json
+from ..errors import RequestError
+from ..files import read_json
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vlprune.errors import MachineError
+from ..errors import MachineError
 
 
 DOMAIN = "vlprune"  # of the operators in an ONNX file
+_PACKAGE = __name__.rpartition(".")[0]  # vlprune.runtime; the edge runner has this file, too
 BUILD = (
     "install a C++ compiler (GCC 11, Clang, or newer), then pip install --no-cache-dir --force-reinstall --no-deps "
-    "vlprune, or the folder of its sources"
+    f"{_PACKAGE.partition('.')[0].replace('_', '-')}, or the folder of its sources"
 )
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
@@ -32,7 +33,7 @@ def library() -> Path:
         MachineError: it was not built, because there was no compiler.
     """
     # In an editable install the library lies elsewhere than the Python files: only importlib knows both places.
-    file = resources.files("vlprune.runtime").joinpath(f"libvlprune_ops{_SUFFIX}")
+    file = resources.files(_PACKAGE).joinpath(f"libvlprune_ops{_SUFFIX}")
     if not (isinstance(file, Path) and file.is_file()):
         raise MachineError(f"the operators for packed graphs were not built: {BUILD}")
     return file

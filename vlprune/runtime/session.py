@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vlprune.errors import MachineError, RequestError, VlpruneError
-from vlprune.names import PROVIDERS, check
-from vlprune.runtime import operators
-from vlprune.runtime.generate import Arrays
+from ..errors import MachineError, RequestError, VlpruneError
+from ..names import PROVIDERS, check
+from . import operators
+from .generate import Arrays
 
 
 try:
