@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from vlprune.data.sets import CaptionData
 from vlprune.progress import track
-from vlprune.runtime.generate import beam_search
+from vlprune.runtime import predict
 from vlprune.tasks.common import Graphs, Processor, Spec, base_spec, batches
 from vlprune.tasks.metrics import Scores, caption_scores
 
@@ -61,21 +59,9 @@ def evaluate(
     Returns:
         Scores: cider, bleu_1 .. bleu_4 and exact; per image an output with its `caption`.
     """
-    captions = []
+    captions: list[str] = []
     for batch in track(batches(len(data.captions), batch_size), "captioning"):
-        cross = graphs["image_encoder"]({"pixel_values": processor.images([data.images[i] for i in batch])})
-        key = cross["cross_key.0"]  # [B, H, P, K]
-        sequences = beam_search(
-            graphs[spec["decoder"]],
-            cross,
-            np.ones((len(batch), key.shape[2]), np.int64),
-            spec["prompt_ids"],
-            spec["past_shapes"],
-            eos_token_id=spec["sep_token_id"],
-            beams=spec["beams"],
-            min_length=spec["min_length"],
-            max_length=spec["max_length"],
-        )
-        captions += [processor.decode(sequence[len(spec["prompt_ids"]) :]) for sequence in sequences]
+        pixels = processor.images([data.images[i] for i in batch])
+        captions += predict.captions(graphs, spec, processor, pixels)
     outputs = [{"caption": caption} for caption in captions]
     return replace(caption_scores(captions, data.captions, seed), outputs=outputs)

@@ -8,7 +8,7 @@ import numpy as np
 
 from vlprune.data.sets import VqaData
 from vlprune.progress import track
-from vlprune.runtime.generate import beam_search, rank_answers
+from vlprune.runtime import predict
 from vlprune.tasks.answers import vqa_accuracy
 from vlprune.tasks.common import Graphs, Processor, Spec, base_spec, batches
 from vlprune.tasks.metrics import Scores, mean_scores
@@ -82,30 +82,8 @@ def evaluate(
         pixels = processor.images([data.images[int(i)] for i in shown])
         states = graphs["image_encoder"]({"pixel_values": pixels})["image_states"][which]
         questions = [data.questions[row] for row in rows]
-        ids, mask = processor.texts([q.question for q in questions], first="enc", max_length=spec["max_length"])
-        feeds = {"input_ids": ids, "attention_mask": mask, "image_states": states}
-        answers = _answer(graphs[spec["decoder"]], spec, processor, graphs["question_encoder"](feeds), mask)
+        answers = predict.answers(graphs, spec, processor, states, [question.question for question in questions])
         for row, question, answer in zip(rows, questions, answers, strict=True):
             outputs[row] = {"answer": answer, "accuracy": vqa_accuracy(answer, question.answers)}
     scores = mean_scores("accuracy", [output["accuracy"] for output in outputs], images, seed)
     return replace(scores, outputs=outputs)
-
-
-def _answer(
-    decoder: Any, spec: Spec, processor: Processor, cross_feeds: dict[str, np.ndarray], mask: np.ndarray
-) -> list[str]:
-    """Rank or generate the answers of one batch of questions."""
-    if spec["answers"] is not None:
-        scores = rank_answers(decoder, cross_feeds, mask, spec["answer_ids"], spec["past_shapes"], k=spec["rank_k"])
-        return [spec["answers"][best] for best in scores.argmax(1)]
-    sequences = beam_search(
-        decoder,
-        cross_feeds,
-        mask,
-        [spec["dec_token_id"]],
-        spec["past_shapes"],
-        eos_token_id=spec["sep_token_id"],
-        beams=spec["beams"],
-        max_length=spec["max_answer_length"],
-    )
-    return [processor.decode(sequence[1:]) for sequence in sequences]

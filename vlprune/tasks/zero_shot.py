@@ -13,6 +13,7 @@ import numpy as np
 from vlprune.data.classes import match_labels
 from vlprune.data.sets import ClassData
 from vlprune.progress import track
+from vlprune.runtime import predict
 from vlprune.tasks.common import Graphs, Processor, Spec, base_spec, batches
 from vlprune.tasks.metrics import Scores, class_scores, match_rank
 
@@ -91,17 +92,4 @@ def class_embeds(graphs: Graphs, spec: Spec, processor: Processor, batch_size: i
     Returns:
         np.ndarray: unit vectors [classes, E].
     """
-    templates = spec["templates"]
-    texts = [template.replace("{}", name) for name in spec["classes"] for template in templates]
-    ids, mask = processor.texts(texts, first="cls", max_length=spec["max_length"])
-    lengths = mask.sum(1)
-    order = np.argsort(lengths, kind="stable")  # texts of like length run together
-    embeds = []
-    for batch in track(batches(len(texts), batch_size), "encoding classes"):
-        rows = order[batch.start : batch.stop]
-        longest = lengths[rows].max()
-        feeds = {"input_ids": ids[rows, :longest], "attention_mask": mask[rows, :longest]}
-        embeds.append(graphs["text_encoder"](feeds)["text_embeds"])
-    every = np.concatenate(embeds)[np.argsort(order)]
-    means = every.reshape(len(spec["classes"]), len(templates), -1).mean(1, dtype=np.float64)
-    return (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    return predict.class_embeds(graphs, spec, processor, batch_size, lambda parts: track(parts, "encoding classes"))
