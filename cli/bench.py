@@ -10,17 +10,20 @@ def bench(
     provider: o.Providers = o.CPU,
     batch: o.Batches = o.BATCHES,
     seconds: o.Seconds = None,
+    cuda_graph: o.CudaGraph = False,
     threads: o.Threads = None,
     resume: o.Resume = False,
     json: o.Json = False,
 ) -> None:
     """Time the ONNX graphs of RUN against the dense ones; needs no data.
 
-    Packed graphs stand beside the dense ones in dynamic int8, which are made for this and not kept.
+    Packed graphs stand beside the dense ones in dynamic int8, which are made for this and not kept. On a GPU the times
+    are those of the device alone; report.json has those with copies, too.
 
     \b
-    Example:
+    Examples:
       vlprune bench run --batch 1,8,32 --threads 2 --seconds 10
+      vlprune bench run --provider cuda --batch 1,8,32,128 --cuda-graph
     """
     from vlprune import pipeline
     from vlprune.report.terminal import print_report
@@ -31,6 +34,7 @@ def bench(
         providers=list(provider),
         bench_batches=list(batch),
         seconds=seconds,
+        cuda_graph=cuda_graph,
         threads=threads,
         resume=resume,
     )

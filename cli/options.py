@@ -670,6 +670,9 @@ Seconds = Annotated[
         help="Time each graph and batch size for about S seconds; 2 by default.",
     ),
 ]
+CudaGraph = Annotated[
+    bool, typer.Option("--cuda-graph", help="On a GPU, record the kernels of a graph once and start them all at once.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 
 RATIOS = Ratios((0.9,))

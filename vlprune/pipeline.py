@@ -381,6 +381,7 @@ def bench(
     providers: list[str] | None = None,
     bench_batches: list[int] | None = None,
     seconds: float | None = None,
+    cuda_graph: bool = False,
     threads: int | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
@@ -392,6 +393,7 @@ def bench(
         providers: see `compress`.
         bench_batches: see `compress`.
         seconds: to time each graph and batch size for, None = 2.
+        cuda_graph: on a GPU, record the kernels of a graph once, and start them all at once.
         threads: see `compress`.
         resume: see `compress`.
 
@@ -403,11 +405,13 @@ def bench(
     """
     if seconds is not None and not 0 < seconds < math.inf:
         raise RequestError(f"{seconds} seconds are no time to measure for: give a positive number")
+    if cuda_graph and "cpu" in (providers or ["cpu"]):
+        raise RequestError("--cuda-graph records what a GPU does: add --provider cuda or tensorrt, without cpu")
     for provider in providers or ["cpu"]:
         check_provider(provider)
     changes: dict[str, Any] = {"providers": providers or ["cpu"], "bench_batches": bench_batches or [1, 8]}
     stages = _reopen(run, None, tasks, resume, {**changes, "threads": threads}, needs_data=False)
-    stages.seconds = seconds
+    stages.seconds, stages.cuda_graph = seconds, cuda_graph
     _bench(stages)
     return stages.report()
 

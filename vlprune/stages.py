@@ -97,6 +97,7 @@ class Stages:
         self.recipe = run.recipe
         self.batch = BATCH
         self.seconds: float | None = None  # of timing, None = BENCH_SECONDS
+        self.cuda_graph = False  # of timing on a GPU
         self._quantised: dict[str, tempfile.TemporaryDirectory[str]] = {}
         self._ranges: dict[tuple[str, str], dict[str, ranges.Ranges]] = {}
         self._data: dict[tuple[str, str], Data] = {}
@@ -775,6 +776,7 @@ class Stages:
         beside = self._written_by(self.dense, task, self._beside(variant, form))
         needs = (beside, self._written_by(variant, task, form))
         key = self.key("bench_batches", "threads") | ({"seconds": self.seconds} if self.seconds else {})
+        key |= {"cuda_graph": True} if self.cuda_graph else {}
         self.run.stage(name, key, work, needs)
 
     def _bench(self, variant: Variant, task: str, provider: str, form: str) -> dict[str, Any]:
@@ -793,6 +795,7 @@ class Stages:
                 threads=self.recipe["threads"],
                 seconds=self.seconds or BENCH_SECONDS,
                 seed=self.recipe["seed"],
+                cuda_graph=self.cuda_graph,
             )
             row = {"variant": variant.id, "task": task, "graph": graph, "provider": provider}
             rows.append({**row, **self._described(form), "batch": batch, **timed})

@@ -129,6 +129,7 @@ FROZEN = {
         "--provider",
         "--bench-batch/--batch",
         "--seconds",
+        "--cuda-graph",
         "--threads",
         "--resume",
         "--json",

@@ -663,7 +663,7 @@ def test_packed_graph_on_another_provider(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "packed.onnx"
     onnx.save(Linear(70, 36, 32).model(), path)
     monkeypatch.setattr(module, "check_provider", lambda name: None)
-    monkeypatch.setitem(module._CHAINS, "cuda", ["CPUExecutionProvider"])
+    monkeypatch.setitem(module.CHAINS, "cuda", ["CPUExecutionProvider"])
     with pytest.raises(MachineError, match="packed for CPUs and does not run on provider cuda") as error:
         session(path, "cuda")
     assert "--provider cpu" in one_line(error) and "without --pack" in one_line(error)

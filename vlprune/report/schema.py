@@ -185,6 +185,46 @@ class Timing(TypedDict):
     per_s: float
 
 
+class EndToEnd(TypedDict):
+    """As the timing of the device alone, with the copies from and to the memory of the host; see `Throughput`."""
+
+    dense: Timing
+    compressed: Timing
+    ratio: float
+    ratio_ci95: list[float]
+    verdict: Verdict
+
+
+class Gpu(TypedDict):
+    """The state of a GPU at one moment, as far as it tells it.
+
+    Attributes:
+        sm_mhz: clock of the cores.
+        memory_mhz: clock of the memory.
+        power_w: watts drawn.
+        temperature_c: degrees Celsius.
+        throttled: why its clocks were lowered; empty where they were not.
+    """
+
+    sm_mhz: NotRequired[float]
+    memory_mhz: NotRequired[float]
+    power_w: NotRequired[float]
+    temperature_c: NotRequired[float]
+    throttled: list[str]
+
+
+class SparseLayers(TypedDict):
+    """Layers of weights in the pattern 2:4, as TensorRT's build log counts them.
+
+    Attributes:
+        eligible: those that sparse tensor cores could run.
+        chosen: those that run there; for the others the dense kernels were faster.
+    """
+
+    eligible: int
+    chosen: int
+
+
 class Throughput(TypedDict):
     """One graph timed against the dense model's, same export and provider.
 
@@ -206,6 +246,11 @@ class Throughput(TypedDict):
         note: why there is no verdict, where there is none.
         weights: how the compressed side stores them where it is packed, "fp32" or "fp16".
         fused: see `Metrics`; of the compressed side, and of the dense one unless that side is dense itself.
+        end_to_end: the same measured with the copies between host and device; the times above are the device's alone.
+        nodes: "dense" and "compressed" -> provider -> nodes of the graph that it ran; of a provider other than cpu.
+        cuda_graph: all kernels were recorded once and started together.
+        gpu: its state before and after the measurement.
+        sparse_layers: of the compressed side, where TensorRT built an engine for it just now.
     """
 
     variant: str
@@ -225,6 +270,11 @@ class Throughput(TypedDict):
     note: NotRequired[str]
     weights: NotRequired[str]
     fused: NotRequired[bool]
+    end_to_end: NotRequired[EndToEnd]
+    nodes: NotRequired[dict[str, dict[str, int]]]
+    cuda_graph: NotRequired[bool]
+    gpu: NotRequired[list[Gpu]]
+    sparse_layers: NotRequired[SparseLayers]
 
 
 class Output(TypedDict):

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ except ImportError as error:
 onnxruntime.set_default_logger_severity(4)
 
 # First the provider asked for, then those that take over single operators it lacks.
-_CHAINS = {
+CHAINS = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
@@ -53,10 +53,10 @@ def check_provider(name: str) -> None:
         MachineError: this onnxruntime has no such provider, or the machine cannot start it.
     """
     check("provider", name, PROVIDERS)
-    version, wanted = onnxruntime.__version__, _CHAINS[name][0]
+    version, wanted = onnxruntime.__version__, CHAINS[name][0]
     available = onnxruntime.get_available_providers()
     if wanted not in available:
-        here = ", ".join(short for short, chain in _CHAINS.items() if chain[0] in available)
+        here = ", ".join(short for short, chain in CHAINS.items() if chain[0] in available)
         raise MachineError(
             f"provider {name} is not in this onnxruntime {version} (it has {here}): use --provider cpu, or "
             "pip uninstall onnxruntime, then pip install 'vlprune[gpu]'"
@@ -78,7 +78,13 @@ def check_provider(name: str) -> None:
         )
 
 
-def session(path: Path | str, provider: str = "cpu", threads: int | None = None) -> onnxruntime.InferenceSession:
+def session(
+    path: Path | str,
+    provider: str = "cpu",
+    threads: int | None = None,
+    options: Mapping[str, str] | None = None,
+    profile: Path | None = None,
+) -> onnxruntime.InferenceSession:
     """Open an ONNX file, plain or packed.
 
     The pool's threads go to sleep when a run ends: by default they spin on and steal the cores from the next session.
@@ -87,6 +93,8 @@ def session(path: Path | str, provider: str = "cpu", threads: int | None = None)
         path: the ONNX file; external data must lie beside or below it.
         provider: "cpu", "cuda" or "tensorrt".
         threads: CPU threads of one operator, None = as many as the process may use.
+        options: of the provider, by onnxruntime's names.
+        profile: folder to write a profile to, from now until `end_profiling` is called.
 
     Returns:
         onnxruntime.InferenceSession: it really has the provider.
@@ -102,13 +110,13 @@ def session(path: Path | str, provider: str = "cpu", threads: int | None = None)
         raise RequestError(f"there is no ONNX file {path}: check the path")
     try:
         with refusals(f"{path} cannot be used by ONNX Runtime"):
-            opened = _open(str(path), provider, threads)
+            opened = _open(str(path), provider, threads, options, profile)
     except RequestError:
         if _is_packed(path):
             _check_operators(path, provider)
         raise
     # check_provider opened a small graph; onnxruntime may still fall back silently for this one.
-    if _CHAINS[provider][0] not in opened.get_providers():
+    if CHAINS[provider][0] not in opened.get_providers():
         raise MachineError(f"{path} does not run on provider {provider}, onnxruntime fell back: use --provider cpu")
     return opened
 
@@ -131,7 +139,7 @@ def open_bytes(model: bytes, provider: str = "cpu", threads: int | None = 1) -> 
     check_provider(provider)
     with refusals("a graph cannot be used by ONNX Runtime"):
         opened = _open(model, provider, threads)
-    if _CHAINS[provider][0] not in opened.get_providers():
+    if CHAINS[provider][0] not in opened.get_providers():
         raise MachineError(f"a graph does not run on provider {provider}, onnxruntime fell back: use --provider cpu")
     return opened
 
@@ -231,7 +239,13 @@ def refusals(what: str) -> Iterator[None]:
         raise RequestError(f"{what} ({_line(text)})") from error
 
 
-def _open(model: str | bytes, provider: str, threads: int | None) -> onnxruntime.InferenceSession:
+def _open(
+    model: str | bytes,
+    provider: str,
+    threads: int | None,
+    provider_options: Mapping[str, str] | None = None,
+    profile: Path | None = None,
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
@@ -241,8 +255,13 @@ def _open(model: str | bytes, provider: str, threads: int | None) -> onnxruntime
     if provider == "cpu":
         with suppress(MachineError):
             operators.register(options)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile / "profile")
+    first, *others = CHAINS[provider]
+    chain = [(first, dict(provider_options or {})), *others]
     # enable_fallback=0: a provider that fails is an error instead of a message on stdout and a CPU session.
-    return onnxruntime.InferenceSession(model, options, providers=_CHAINS[provider], enable_fallback=0)
+    return onnxruntime.InferenceSession(model, options, providers=chain, enable_fallback=0)
 
 
 def _is_packed(path: Path) -> bool:
