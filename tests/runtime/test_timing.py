@@ -1,4 +1,5 @@
 import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from vlprune.errors import RequestError
-from vlprune.runtime import timing
+from vlprune.report import schema
+from vlprune.runtime import device, timing
+from vlprune.runtime.tensorrt import SparseLayers
 from vlprune.runtime.timing import MIN_ROUNDS, compare, feeds_for, measure, watch_cpus
 
 
@@ -363,6 +366,34 @@ def test_compare_refuses_what_it_cannot_run(encoder: Callable[..., Path], write:
     node = helper.make_node("Reshape", ["pixel_values", "shape"], ["image_embeds"])
     ends = [("pixel_values", TensorProto.FLOAT, ["b", 3, 64, 64])], [("image_embeds", TensorProto.FLOAT, [7, 7])]
     fails = write("fails.onnx", [node], *ends, {"shape": np.array([7, 7])})
-    with pytest.raises(RequestError, match="cannot be timed against") as error:
+    with pytest.raises(RequestError, match="does not run") as error:
         compare(dense, fails, spec=SPEC)
     assert "\n" not in str(error.value)
+    with pytest.raises(RequestError, match="--provider cuda"):
+        compare(dense, dense, spec=SPEC, cuda_graph=True)
+
+
+def test_a_gpu_is_timed_with_and_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def bound(path: str, provider: str, feeds: Any, threads: int | None, cuda_graph: bool) -> device.Bound:
+        assert (provider, cuda_graph) == ("cuda", True)
+        nodes = {"cuda": 12, "cpu": 3} if path == "dense" else {"cuda": 9}
+
+        def run() -> None:
+            ran.append(path)
+            time.sleep(1e-4 if path == "dense" else 5e-5)
+
+        return device.Bound(run, lambda: ran.append("copies") or run() or [], nodes, SparseLayers(48, 2))
+
+    seen = iter([{"sm_mhz": 1980.0, "throttled": []}, {"sm_mhz": 1755.0, "throttled": ["power cap"]}])
+    monkeypatch.setattr(timing, "bind", bound)
+    monkeypatch.setattr(timing, "gpu_state", lambda: next(seen))
+    row = compare("dense", "pruned", spec=SPEC, batch=32, provider="cuda", seconds=0.02, cuda_graph=True)
+    assert row["nodes"] == {"dense": {"cuda": 12, "cpu": 3}, "compressed": {"cuda": 9}}
+    assert row["end_to_end"].keys() == {"dense", "compressed", "ratio", "ratio_ci95", "verdict"}
+    assert row["gpu"][1]["throttled"] == ["power cap"] and row["cuda_graph"]
+    assert row["sparse_layers"] == {"eligible": 48, "chosen": 2}
+    assert ran.index("copies") > 2 * MIN_ROUNDS and ran.count("copies") > 2 * MIN_ROUNDS
+    told = {"variant": "a", "task": "retrieval", "graph": "g", "provider": "cuda", "precision": "fp16", "batch": 32}
+    assert not list(schema._mismatches({**told, "packed": False, **row}, schema.Throughput, ""))

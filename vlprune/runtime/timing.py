@@ -5,6 +5,7 @@ Two sessions on one machine disturb each other, and both are disturbed by whatev
 * rounds of two blocks, one per side, in the order A B, B A, A B ...: a drift of the clock speed hits both sides alike;
 * the first run of every block is thrown away: it finds the other side's data in the caches;
 * rounds during which other processes took cores away from this one are thrown away;
+* on a GPU inputs and outputs lie in its memory, and every run is waited for: copies are timed apart;
 * the 95 % interval of the ratio comes from resampling rounds, not runs: runs of one block are not independent.
 """
 
@@ -19,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from vlprune.errors import RequestError
+from vlprune.runtime.device import bind, gpu_state, states
 from vlprune.runtime.generate import Arrays
-from vlprune.runtime.session import DTYPES, refusals, session
+from vlprune.runtime.session import DTYPES, refusals
 
 
 MIN_ROUNDS = 10  # undisturbed ones needed for a verdict
@@ -42,8 +44,12 @@ def compare(
     threads: int | None = None,
     seconds: float = 5.0,
     seed: int = 0,
+    cuda_graph: bool = False,
 ) -> dict[str, Any]:
     """Time a compressed graph against the dense one on the same random inputs.
+
+    Inputs and outputs lie where the graph runs: on a GPU the times are those of the device alone, and `end_to_end` has
+    those with the copies from and to numpy arrays.
 
     Args:
         dense: ONNX file of the dense model.
@@ -54,18 +60,39 @@ def compare(
         threads: CPU threads, None = as many as the process may use.
         seconds: time to measure for; slow graphs take `MIN_ROUNDS` rounds, disturbed ones up to twice the time.
         seed: of the inputs and the interval.
+        cuda_graph: record the kernels of each graph once, and start them all at once; not on a CPU.
 
     Returns:
-        dict[str, Any]: see `measure`.
+        dict[str, Any]: see `measure`; of a GPU also `end_to_end`, `nodes`, `gpu`, `cuda_graph` and `sparse_layers`, see
+            `vlprune.report.schema.Throughput`.
 
     Raises:
         RequestError: a file is missing or broken, or has an input no task knows.
         MachineError: the provider cannot be used here.
     """
-    opened = [session(path, provider, threads) for path in (dense, compressed)]
+    if cuda_graph and provider == "cpu":
+        raise RequestError("--cuda-graph records what a GPU does: use it with --provider cuda or tensorrt")
+
+    def feeds(graph: Any) -> Arrays:
+        return feeds_for(graph, spec, batch, seed=seed)
+
     with refusals(f"{compressed} cannot be timed against {dense}"):
-        runs = [_runner(graph, feeds_for(graph, spec, batch, seed=seed), provider) for graph in opened]
-        return measure(runs[0], runs[1], batch=batch, seconds=seconds, seed=seed)
+        sides = {
+            name: bind(path, provider, feeds, threads, cuda_graph)
+            for name, path in (("dense", dense), ("compressed", compressed))
+        }
+        before, after = sides.values()
+        if provider == "cpu":
+            return measure(before.run, after.run, batch=batch, seconds=seconds, seed=seed)
+        seen = [gpu_state()]
+        row = measure(before.run, after.run, batch=batch, seconds=seconds, seed=seed)
+        seen.append(gpu_state())
+        whole = measure(before.whole, after.whole, batch=batch, seconds=seconds / 2, seed=seed)
+    row["end_to_end"] = {key: whole[key] for key in ("dense", "compressed", "ratio", "ratio_ci95", "verdict")}
+    row |= {"nodes": {name: side.nodes for name, side in sides.items()}, "cuda_graph": cuda_graph, **states(*seen)}
+    if after.sparse is not None:
+        row["sparse_layers"] = {"eligible": after.sparse.eligible, "chosen": after.sparse.chosen}
+    return row
 
 
 def measure(
@@ -238,25 +265,6 @@ def _cores() -> tuple[float, float] | None:
         return None
     user, nice, system, _, _, hardware, software, stolen = np.sum(ticks, axis=0) / os.sysconf("SC_CLK_TCK")
     return float(user + nice + system + hardware + software), float(stolen)
-
-
-def _runner(graph: Any, feeds: Arrays, provider: str) -> Callable[[], None]:
-    """Bind inputs and outputs where the graph runs, so that no copy between host and device is timed."""
-    from onnxruntime import OrtValue
-
-    device = "cpu" if provider == "cpu" else "cuda"
-    binding = graph.io_binding()
-    for name, array in feeds.items():
-        binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array, device))
-    for output in graph.get_outputs():
-        binding.bind_output(output.name, device)
-    binding.synchronize_inputs()
-
-    def run() -> None:
-        graph.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-
-    return run
 
 
 def _warm_up(run: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
