@@ -16,8 +16,21 @@ from typing import Annotated
 import typer
 
 from vlprune import __version__
-from vlprune.cli import bench, compress, doctor, export, finetune, inspect, methods, models, prune, report, validate
-from vlprune.errors import MachineError, VlpruneError
+from vlprune.cli import (
+    bench,
+    compress,
+    doctor,
+    export,
+    finetune,
+    inspect,
+    methods,
+    models,
+    prune,
+    recipe,
+    report,
+    validate,
+)
+from vlprune.errors import MachineError, ProblemsError, VlpruneError
 
 
 INTERRUPTED, BUG = 130, 70
@@ -44,6 +57,7 @@ for _verb in (
     doctor.doctor,
 ):
     app.command()(_verb)
+app.add_typer(recipe.app, name="recipe")
 
 
 def _print_version(wanted: bool) -> None:
@@ -95,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """Find the exit code and the one line for an error.
+    """Find the exit code and the one line for an error, or a summary and a line for each of several problems.
 
     Args:
         error: what escaped from a verb.
@@ -103,6 +117,9 @@ def explain(error: Exception) -> tuple[int, str]:
     Returns:
         tuple[int, str]: exit code and message.
     """
+    if isinstance(error, ProblemsError) and len(error.problems) > 1:
+        numbered = [f"  {number}. {_short(problem)}" for number, problem in enumerate(error.problems, 1)]
+        return error.exit_code, "\n".join([_short(error.summary), *numbered])
     if isinstance(error, VlpruneError):
         return error.exit_code, _one_line(error)
     if isinstance(error, typer.TyperException):

@@ -4,16 +4,16 @@ Parsers raise `RequestError` before anything heavy is imported; no torch here.
 """
 
 import math
-import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 
-from vlprune import names
+from vlprune import names, recipe
 from vlprune.errors import RequestError
+from vlprune.fields import Number, check
 from vlprune.files import disk_errors
 
 
@@ -62,11 +62,7 @@ def parse_ratios(text: str | Ratios) -> Ratios:
         return text
     ratios = []
     for part in _parts(text, "--ratio"):
-        ratio = _number(part)
-        if not 0 < ratio < 1:
-            raise RequestError(
-                f"--ratio {part!r} is not a number strictly between 0 and 1: give the fraction to remove, as in 0.9"
-            )
+        ratio = _checked("--ratio", part, recipe.RATIO)
         if ratio in ratios:
             raise RequestError(f"--ratio {text!r} names {ratio} twice: name it once")
         ratios.append(ratio)
@@ -155,7 +151,7 @@ def parse_distill(text: str) -> Weights:
     if text == "none":
         return Weights()
     weights = Weights(_number(part) for part in text.split(","))
-    if len(weights) != 3 or not all(0 <= weight < math.inf for weight in weights):
+    if len(weights) != 3 or not all(map(recipe.WEIGHT.holds, weights)):
         raise RequestError(
             f"--distill {text!r} is not three numbers of 0 or more, or none: give the weights of the similarity, "
             "feature and hidden losses, as in 1,1000,1"
@@ -175,7 +171,7 @@ def parse_seconds(text: str) -> float:
     Raises:
         RequestError: it is none.
     """
-    return _positive(text, "--seconds", "seconds, as in 5")
+    return _checked("--seconds", text, recipe.SECONDS)
 
 
 def parse_rate(text: str) -> float:
@@ -190,13 +186,13 @@ def parse_rate(text: str) -> float:
     Raises:
         RequestError: it is none.
     """
-    return _positive(text, "--lr", "a learning rate, as in 3e-4")
+    return _checked("--lr", text, recipe.RATE)
 
 
-def _positive(text: str, option: str, wanted: str) -> float:
+def _checked(option: str, text: str, rule: Number) -> float:
     number = _number(text)
-    if not 0 < number < math.inf:
-        raise RequestError(f"{option} {text!r} is not a positive number: give {wanted}")
+    if not rule.holds(number):
+        raise RequestError(f"{option} {text!r} {rule.otherwise}")
     return number
 
 
@@ -270,13 +266,7 @@ def parse_pattern(text: str) -> str:
     Raises:
         RequestError: anything else.
     """
-    n_of_m = re.fullmatch(r"([1-9][0-9]?):([1-9][0-9]?)", text)
-    block = re.fullmatch(r"[1-9][0-9]{0,2}x[1-9][0-9]{0,2}", text)
-    if text == "unstructured" or block or (n_of_m and int(n_of_m[1]) < int(n_of_m[2])):
-        return text
-    raise RequestError(
-        f"--pattern {text!r} is unknown: unstructured, n:m with n < m (as in 2:4), or rxc blocks (as in 8x1)"
-    )
+    return str(check(recipe.mask_pattern, "--pattern", text))
 
 
 def check_method(name: str) -> str:
@@ -300,11 +290,36 @@ def check_model(name: str) -> str:
     Returns:
         str: `name`.
     """
-    if "/" in name or os.sep in name or (name and Path(name).exists()):
+    if recipe.is_place(name):
         return name
     from vlprune.models import names as aliases
 
     return names.check("model", name, aliases())
+
+
+def check_optional_model(name: str | None) -> str | None:
+    """Refuse what `check_model` refuses; a recipe may name the model instead.
+
+    Args:
+        name: what was typed, None for nothing.
+
+    Returns:
+        str | None: `name`.
+    """
+    return None if name is None else check_model(name)
+
+
+def typed(context: typer.Context) -> set[str]:
+    """Tell which parameters were typed, rather than left at their defaults.
+
+    Args:
+        context: of the verb.
+
+    Returns:
+        set[str]: their names in Python.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def check_path(path: Path) -> Path:
@@ -433,6 +448,30 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(
+        callback=check_optional_model,
+        autocompletion=_complete_model,
+        metavar="[MODEL]",
+        help="Alias (see vlprune models), hub id, Hugging Face folder, or original .pth file (with --family); may "
+        "stand in the recipe instead.",
+        show_default=False,
+    ),
+]
+Recipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="Options from a YAML file, as every run writes one; those on the command line win. All that is wrong with "
+        "it is told at once: a summary, then a line per problem.",
+        show_default=False,
+    ),
+]
+RecipeFile = Annotated[
+    Path, typer.Argument(callback=check_path, metavar="FILE", help="A recipe.yaml.", show_default=False)
+]
 Run = Annotated[Path, typer.Argument(callback=check_run, metavar="RUN", help="Run directory.", show_default=False)]
 AnyPath = Annotated[
     Path,
@@ -490,7 +529,7 @@ RoundWidths = Annotated[
     ),
 ]
 MopeStage = Annotated[
-    Literal["pretraining", "task"] | None,
+    recipe.MopeStage | None,
     typer.Option(
         "--mope-stage",
         help="mope: measure the model as given (pretraining, the default), or fine-tuned for each task.",
@@ -499,7 +538,9 @@ MopeStage = Annotated[
 ]
 MopePairs = Annotated[
     int | None,
-    typer.Option("--mope-pairs", min=2, metavar="N", help="mope: evaluate on N images with captions; default 100."),
+    typer.Option(
+        "--mope-pairs", min=recipe.PAIRS.low, metavar="N", help="mope: evaluate on N images with captions; default 100."
+    ),
 ]
 Distill = Annotated[
     Weights | None,
@@ -519,7 +560,8 @@ Calibration = Annotated[
     ),
 ]
 CalibrationSamples = Annotated[
-    int | None, typer.Option("--calibration-samples", min=1, metavar="N", help="Use at most N calibration images.")
+    int | None,
+    typer.Option("--calibration-samples", min=recipe.COUNT.low, metavar="N", help="Use at most N calibration images."),
 ]
 Data = Annotated[
     list[TaskSource] | None,
@@ -540,12 +582,12 @@ Tasks = Annotated[
     ),
 ]
 Finetune = Annotated[
-    Literal["none", "heads", "full"],
+    recipe.FinetuneMode,
     typer.Option(
         "--finetune", help="What to train after pruning: nothing, all but the sparse encoders, or all weights."
     ),
 ]
-Export = Annotated[Literal["onnx", "none"], typer.Option("--export", help="Write ONNX graphs and measure them.")]
+Export = Annotated[recipe.Export, typer.Option("--export", help="Write ONNX graphs and measure them.")]
 Precision = Annotated[
     Names | None,
     typer.Option(
@@ -565,15 +607,15 @@ Fuse = Annotated[
     ),
 ]
 Pack = Annotated[
-    Literal["none", "sparse"],
+    names.Packing,
     typer.Option("--pack", help="sparse: write packed graphs, too, whose layers skip the zeros (CPU only)."),
 ]
 Values = Annotated[
-    Literal["fp32", "fp16"],
+    names.PackedValues,
     typer.Option("--values", help="Weights in packed graphs: fp32 is exact, fp16 rounds and takes less space."),
 ]
 Target = Annotated[
-    Literal["auto", "avx512", "avx2", "portable"],
+    names.Target,
     typer.Option("--target", help="Instruction set that decides which layers are packed; auto: this machine's."),
 ]
 PackThreshold = Annotated[
@@ -609,14 +651,18 @@ Providers = Annotated[
     ),
 ]
 MaxSteps = Annotated[
-    int | None, typer.Option("--max-steps", min=1, metavar="N", help="Stop fine-tuning after N steps.")
+    int | None, typer.Option("--max-steps", min=recipe.COUNT.low, metavar="N", help="Stop fine-tuning after N steps.")
 ]
-Epochs = Annotated[int | None, typer.Option("--epochs", min=1, metavar="N", help="Passes over the training data.")]
+Epochs = Annotated[
+    int | None, typer.Option("--epochs", min=recipe.COUNT.low, metavar="N", help="Passes over the training data.")
+]
 LearningRate = Annotated[
     float | None,
     typer.Option("--lr", parser=parse_rate, metavar="RATE", help="Peak learning rate of the cosine schedule."),
 ]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, metavar="N", help="Samples per step.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", min=recipe.COUNT.low, metavar="N", help="Samples per step.")
+]
 GradientCheckpointing = Annotated[
     bool,
     typer.Option(
@@ -626,22 +672,29 @@ GradientCheckpointing = Annotated[
 Compile = Annotated[bool, typer.Option("--compile", help="Fine-tune with torch.compile, which needs a C++ compiler.")]
 ImageSize = Annotated[
     int | None,
-    typer.Option("--image-size", min=16, metavar="PIXELS", help="Interpolate the position embeddings to this side."),
+    typer.Option(
+        "--image-size", min=recipe.SIDE.low, metavar="PIXELS", help="Interpolate the position embeddings to this side."
+    ),
 ]
 Device = Annotated[
-    Literal["auto", "cpu", "cuda"],
+    recipe.Device,
     typer.Option("--device", callback=check_device, help="Where PyTorch computes."),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Seed of everything random.")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=recipe.SEED.low, max=recipe.SEED.high, metavar="N", help="Seed of everything random."),
+]
 RunSeed = Annotated[
-    int | None, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Seed of the fine-tuning.")
+    int | None,
+    typer.Option("--seed", min=recipe.SEED.low, max=recipe.SEED.high, metavar="N", help="Seed of the fine-tuning."),
 ]
 Samples = Annotated[
-    int | None, typer.Option("--samples", min=1, metavar="N", help="Evaluate on at most N samples per task.")
+    int | None,
+    typer.Option("--samples", min=recipe.COUNT.low, metavar="N", help="Evaluate on at most N samples per task."),
 ]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Count and report broken records instead of stopping.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep the finished stages of an interrupted run.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=recipe.COUNT.low, metavar="N", help="CPU threads.")]
 BenchBatches = Annotated[
     Sizes,
     typer.Option(

@@ -6,6 +6,7 @@ code; a test keeps both equal.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Literal, get_args
 
 from .errors import RequestError
 
@@ -17,9 +18,12 @@ TASKS = ("retrieval", "captioning", "vqa", "zero-shot", "classification", "nlvr"
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "int8-static", "int8-dynamic")
 COSINES = {"fp16": 0.999, "int8-static": 0.99, "int8-dynamic": 0.99}  # to PyTorch: below it the report warns
-PACKINGS = ("none", "sparse")
-PACKED_VALUES = ("fp32", "fp16")
-TARGETS = ("auto", "avx512", "avx2", "portable")
+Packing = Literal["none", "sparse"]
+PackedValues = Literal["fp32", "fp16"]
+Target = Literal["auto", "avx512", "avx2", "portable"]
+PACKINGS: tuple[str, ...] = get_args(Packing)
+PACKED_VALUES: tuple[str, ...] = get_args(PackedValues)
+TARGETS: tuple[str, ...] = get_args(Target)
 
 
 def check(kind: str, name: str, known: Iterable[str]) -> str:

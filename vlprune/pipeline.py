@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from vlprune import names
 from vlprune.data import CAPTION_SOURCES, IMAGE_SOURCES, accepted, accepted_by
-from vlprune.errors import MachineError, RequestError
+from vlprune.errors import MachineError, Problems, RequestError
 from vlprune.models import FAMILIES, MODELS
 from vlprune.pruning import get_method
 from vlprune.pruning.budgets import checked_ratio
 from vlprune.pruning.patterns import Pattern
+from vlprune.recipe import OLDER
 from vlprune.report.manifest import write_manifest
-from vlprune.run import OLDER, Run
+from vlprune.run import Run
 from vlprune.runtime import operators
 from vlprune.runtime.session import check_provider
 from vlprune.structured import STRUCTURED
@@ -67,6 +68,8 @@ def compress(
     seed: int = 0,
     skip_broken: bool = False,
     resume: bool = False,
+    finetune_seed: int | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Prune a model once, fine-tune it per task, export to ONNX, validate, report.
 
@@ -113,33 +116,47 @@ def compress(
         seed: of everything random.
         skip_broken: leave broken records out and count them.
         resume: keep the finished stages of a killed run.
+        finetune_seed: of the fine-tuning, None = `seed`.
+        dry_run: stop before anything of this machine is looked at: no file, no provider, no device.
 
     Returns:
-        dict[str, Any]: report.json.
+        dict[str, Any]: report.json; the recipe with all its defaults where nothing was run.
     """
-    recipe = _recipe(
-        model, ratios, method, pattern, family, calibration, calibration_samples, data, tasks, image_size, device,
-        threads, seed, skip_broken,
-    )  # fmt: skip
+    problems, recipe = Problems(), {}
+    with problems:
+        recipe |= _recipe(
+            model, ratios, method, pattern, family, calibration, calibration_samples, data, tasks, image_size, device,
+            threads, seed, skip_broken,
+        )  # fmt: skip
+    tuned = _finetune_recipe(finetune, max_steps, epochs, lr, gradient_checkpointing, compile)
     recipe |= {
-        "finetune": _finetune_recipe(finetune, max_steps, epochs, lr, gradient_checkpointing, compile),
+        "finetune": tuned | ({} if finetune_seed is None else {"seed": finetune_seed}),
         "batch_size": batch_size,
         "export": export,
         "providers": providers or ["cpu"],
         "bench_batches": bench_batches or [1, 8],
         "samples": samples,
     }
-    recipe |= _structured_recipe(method, round_widths, mope, distill)
-    recipe |= {"precision": _precisions(precision), "fuse": "cuda" in recipe["providers"] if fuse is None else fuse}
-    recipe |= _pack_recipe(pack, values, target, pack_threshold)
-    _check_packing(method, pack)
-    _check_compile(recipe)
-    if pack != "none" and not export:
-        raise RequestError(f"--pack {pack} packs ONNX graphs: add --export onnx")
-    if len(recipe["precision"]) > 1 and not export:
-        raise RequestError(f"--precision {','.join(precision or [])} is of ONNX graphs: add --export onnx")
-    if fuse and not export:
-        raise RequestError("--fuse joins nodes of ONNX graphs: add --export onnx")
+    with problems:
+        recipe |= _structured_recipe(method, round_widths, mope, distill)
+        _check_compile(recipe)
+    with problems:
+        recipe |= {"precision": _precisions(precision)}
+        if len(recipe["precision"]) > 1 and not export:
+            raise RequestError(f"--precision {','.join(precision or [])} is of ONNX graphs: add --export onnx")
+    recipe |= {"fuse": "cuda" in recipe["providers"] if fuse is None else fuse}
+    with problems:
+        recipe |= _pack_recipe(pack, values, target, pack_threshold)
+        _check_packing(method, pack)
+    with problems:
+        if pack != "none" and not export:
+            raise RequestError(f"--pack {pack} packs ONNX graphs: add --export onnx")
+    with problems:
+        if fuse and not export:
+            raise RequestError("--fuse joins nodes of ONNX graphs: add --export onnx")
+    problems.settle()
+    if dry_run:
+        return recipe
     for provider in recipe["providers"]:
         check_provider(provider)
     stages = _start(Path(output), recipe, resume)
@@ -491,24 +508,30 @@ def _recipe(
     needs_data: bool = True,
 ) -> dict[str, Any]:
     """Resolve and check what every run starts from, before anything heavy happens."""
-    info = MODELS.get(model)
+    info, problems = MODELS.get(model), Problems()
     data = dict(data or {})
-    _check_choices(ratios, method, pattern, [*data, *(tasks or [])])
+    with problems:
+        _check_choices(ratios, method, pattern, [*data, *(tasks or [])])
     if info and info.kind == "embedded":
         calibration = calibration or "scenes"
         offered = FAMILIES[names.check("family", family or info.family, FAMILIES)].tasks
         data = dict.fromkeys(tasks or offered, "scenes") | data
-    _check_sources(model, calibration, data)
-    if _needs(method) & {"input_norm", "captions"} and not calibration:
-        what = f"{CAPTION_SOURCES}; for a model that reads no text, {IMAGE_SOURCES}"
-        if info:
-            what = IMAGE_SOURCES if info.family == "vit" else CAPTION_SOURCES
-        raise RequestError(f"{model} needs --calibration for {method}: {what}")
-    if needs_data and not data:
-        raise RequestError(f"{model} needs --data TASK=PATH: {accepted_by(info.tasks if info else names.TASKS)}")
-    if missing := [task for task in tasks or [] if needs_data and task not in data]:
-        what = accepted(missing[0])
-        raise RequestError(f"--tasks names {missing[0]} but there is no --data {missing[0]}=PATH: give {what}")
+    with problems:
+        _check_sources(model, calibration, data)
+    with problems:
+        if method in names.METHODS and _needs(method) & {"input_norm", "captions"} and not calibration:
+            what = f"{CAPTION_SOURCES}; for a model that reads no text, {IMAGE_SOURCES}"
+            if info:
+                what = IMAGE_SOURCES if info.family == "vit" else CAPTION_SOURCES
+            raise RequestError(f"{model} needs --calibration for {method}: {what}")
+    with problems:
+        if needs_data and not data:
+            raise RequestError(f"{model} needs --data TASK=PATH: {accepted_by(info.tasks if info else names.TASKS)}")
+    for task in tasks or []:
+        with problems:
+            if needs_data and task in names.TASKS and task not in data:
+                raise RequestError(f"--tasks names {task} but there is no --data {task}=PATH: give {accepted(task)}")
+    problems.settle()
     return {
         "model": model,
         "family": family,

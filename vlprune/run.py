@@ -15,20 +15,19 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import UnionType
 from typing import Any
 from uuid import uuid4
 
-import yaml
-
 from vlprune import __version__
-from vlprune.errors import RequestError
+from vlprune.errors import ProblemsError, RequestError
 from vlprune.files import atomic_path, disk_errors, read_json, write_json
+from vlprune.recipe import OLDER, RECIPE, check
 from vlprune.report.environment import environment
 from vlprune.report.html import render_html
 from vlprune.report.manifest import MANIFEST, write_manifest
 from vlprune.report.markdown import render_markdown
 from vlprune.report.schema import SCHEMA_VERSION, validate_report
+from vlprune.yamlfile import dump_yaml, read_yaml
 
 
 ROWS = ("variants", "metrics", "graphs", "throughput", "samples")
@@ -36,41 +35,6 @@ KINDS = (  # in the order of the report
     "statistics", "measure", "prune", "checkpoint", "finetune", "score", "export", "pack", "convert", "validate",
     "samples", "bench",
 )  # fmt: skip
-RECIPE: dict[str, type | UnionType] = {  # what recipe.yaml holds, so that later verbs find it
-    "model": str,
-    "family": str | None,
-    "method": str,
-    "ratios": list,
-    "pattern": str,
-    "calibration": str | None,
-    "calibration_samples": int,
-    "data": dict,
-    "tasks": list | None,
-    "image_size": int | None,
-    "device": str,
-    "threads": int | None,
-    "seed": int,
-    "skip_broken": bool,
-    "finetune": dict,
-    "batch_size": int | None,
-    "export": str | None,
-    "providers": list,
-    "bench_batches": list,
-    "samples": int | None,
-    "precision": list,
-    "fuse": bool,
-    "pack": str,
-    "values": str,
-    "target": str,
-    "pack_threshold": float | None,
-    "round_widths": bool,
-    "mope": dict,
-    "distill": list | None,
-}
-OLDER: dict[str, Any] = {  # what older recipes leave out
-    "precision": ["fp32"], "fuse": False, "pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None,
-    "round_widths": True, "mope": {}, "distill": None,
-}  # fmt: skip
 OWN = (
     "stages", "masks", "checkpoints", "onnx", "training", "samples", "statistics.safetensors", "report.json",
     "report.md", "report.html",
@@ -146,9 +110,9 @@ class Run:
         """
         path = Path(folder) / "recipe.yaml"
         try:
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path} cannot be read: is {folder} a run directory?") from error
+            recipe = read_yaml(path)
+        except RequestError as error:
+            raise RequestError(f"{error}: is {folder} a run directory?") from error
         if not isinstance(recipe, dict) or not {"model", "method", "ratios", "seed"} <= recipe.keys():
             raise RequestError(f"{path} is no recipe of vlprune: is {folder} a run directory?")
         return cls(Path(folder), recipe, resume)
@@ -160,12 +124,10 @@ class Run:
             RequestError: an option is missing or of the wrong kind.
         """
         path = self.folder / "recipe.yaml"
-        self.recipe = OLDER | self.recipe
-        for key, kinds in RECIPE.items():
-            if key not in self.recipe:
-                raise RequestError(f"{path} does not tell {key}: prune again")
-            if not isinstance(self.recipe[key], kinds):
-                raise RequestError(f"{path}: {key} = {self.recipe[key]!r:.60} is of the wrong kind: prune again")
+        self.recipe, problems = check(OLDER | self.recipe)
+        problems += [f"it does not tell {key}" for key in RECIPE if key not in self.recipe]
+        if problems:
+            raise ProblemsError(str(path), [f"{problem}; prune again" for problem in problems])
 
     def write_recipe(self) -> None:
         """Write `recipe.yaml`; first remove what a killed run was writing (see `vlprune.files.atomic_path`)."""
@@ -174,7 +136,7 @@ class Run:
                 if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover)
         with atomic_path(self.folder / "recipe.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            temporary.write_text(dump_yaml(self.recipe), encoding="utf-8")
 
     def stage(
         self,
