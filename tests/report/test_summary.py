@@ -4,7 +4,7 @@ import pytest
 
 from vlprune.report.markdown import render_markdown
 from vlprune.report.schema import validate_report
-from vlprune.report.summary import STRUCTURED, ZEROS, Row, cost_table, notes, side_by_side, summarize
+from vlprune.report.summary import STRUCTURED, ZEROS, Row, cost_table, gpu_notes, notes, side_by_side, summarize
 
 
 def test_onnx_falls_back_to_the_pruned_model_when_nothing_was_trained(report: dict[str, Any]) -> None:
@@ -90,3 +90,17 @@ def test_notes_tell_masks_from_removed_units(report: dict[str, Any]) -> None:
     for variant in report["variants"]:
         variant["pattern"] = variant["method"] and "structured"
     assert notes(report) == [STRUCTURED]
+
+
+def test_timings_on_a_gpu_tell_where_nodes_ran_and_what_tensorrt_chose(report: dict[str, Any]) -> None:
+    row = report["throughput"][0]
+    assert gpu_notes(report) == []
+    row |= {"provider": "tensorrt", "nodes": {"dense": {"tensorrt": 1}, "compressed": {"tensorrt": 1, "cpu": 3}}}
+    row |= {"gpu": [{"throttled": []}, {"throttled": ["power cap"]}], "sparse_layers": {"eligible": 48, "chosen": 0}}
+    row |= {"verdict": "faster"}
+    validate_report(report)
+    device, nodes, clocks, sparse = gpu_notes(report)
+    assert "device alone" in device and "3 of 4 nodes of the compressed graph" in nodes
+    assert "(power cap)" in clocks and "0 of 48 layers" in sparse and "not faster" in sparse
+    row["sparse_layers"] = {"eligible": 48, "chosen": 2}
+    assert gpu_notes(report)[-1].endswith("sparse tensor cores; faster than dense.")

@@ -68,6 +68,10 @@ STATIC = (
     "Graphs in int8 hold the weights of matrix products per output channel, zeros stay zeros, small weights become "
     "zeros; attention products, convolutions and embeddings stay in fp32."
 )
+DEVICE = (
+    "Times on a GPU are of the device alone, inputs and outputs in its memory; report.json has them with copies from "
+    "and to the memory of the host, too."
+)
 DISTURBED = "Timings marked disturbed get no verdict: other processes took cores in too many rounds."
 RANDOM = "The weights are random: sizes and times mean something, accuracy does not, so none is shown."
 
@@ -268,7 +272,7 @@ def notes(report: Report) -> list[str]:
 
     Returns:
         list[str]: a paragraph on structured pruning, unstructured zeros, packed graphs, dynamic int8, other precisions,
-            disturbed timings, as far as it has them; and a warning for each graph that lost too much.
+            disturbed timings, as far as it has them; a warning for each graph that lost too much; and `gpu_notes`.
     """
     said = {
         STRUCTURED: has_structured(report),
@@ -280,7 +284,38 @@ def notes(report: Report) -> list[str]:
         STATIC: any(precision.startswith("int8") for precision in precisions(report)),
         DISTURBED: any("note" in row for row in report["throughput"]),
     }
-    return [text for text, wanted in said.items() if wanted] + far_graphs(report)
+    return [text for text, wanted in said.items() if wanted] + far_graphs(report) + gpu_notes(report)
+
+
+def gpu_notes(report: Report) -> list[str]:
+    """Say what timings on a GPU are of: where nodes ran, whether clocks were lowered, how many layers ran sparse.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        list[str]: sentences; none where all timings are of the CPU.
+    """
+    timed = [row for row in report["throughput"] if "nodes" in row]
+    said = [DEVICE] if timed else []
+    for row in timed:
+        name = (
+            f"{row['variant']}, {row['task']} / {row['graph']}, {packing(row)}, {row['provider']}, batch {row['batch']}"
+        )
+        for side, nodes in row["nodes"].items():
+            if "cpu" in nodes:
+                said.append(
+                    f"{name}: {nodes['cpu']} of {sum(nodes.values())} nodes of the {side} graph run on the CPU."
+                )
+        if reasons := {reason: None for state in row.get("gpu", []) for reason in state["throttled"]}:
+            said.append(f"{name}: the GPU had lowered its clocks ({', '.join(reasons)}).")
+        if layers := row.get("sparse_layers"):
+            what = "faster" if layers["chosen"] and row["verdict"] == "faster" else "not faster"
+            said.append(
+                f"{name}: TensorRT runs {layers['chosen']} of {layers['eligible']} layers of the pattern 2:4 on sparse "
+                f"tensor cores; {what} than dense."
+            )
+    return said
 
 
 def base_id(variant: Variant) -> str:

@@ -211,7 +211,12 @@ def load_graphs(folder: Path | str, provider: str = "cpu", threads: int | None =
     files = sorted(Path(folder).glob("*.onnx"))
     if not files:
         raise RequestError(f"there is no ONNX file in {folder}: give the folder of one exported task")
-    return {file.stem: OnnxGraph(session(file, provider, threads), file.stem) for file in files}
+    options = dict.fromkeys(files)
+    if provider == "tensorrt":
+        from .tensorrt import options as options_of  # not at the top: it hashes files for its cache, others need not
+
+        options = {file: options_of(file) for file in files}
+    return {file.stem: OnnxGraph(session(file, provider, threads, options[file]), file.stem) for file in files}
 
 
 @contextmanager

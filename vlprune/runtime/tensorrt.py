@@ -17,7 +17,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from vlprune.files import disk_errors, sha256
+from ..files import disk_errors, sha256
 
 
 @dataclass(frozen=True)
