@@ -291,7 +291,9 @@ class Builder:
         print(f"== {image}: Debian {release} by debootstrap", flush=True)
         packages = "--include=ca-certificates,python3,python3-venv"
         subprocess.run(
-            ["debootstrap", "--variant=minbase", packages, release, str(root), MIRROR], check=True, stdout=-3
+            ["debootstrap", "--variant=minbase", packages, release, str(root), MIRROR],
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
         made = Image(root, {"PATH": PATH, "LANG": "C.UTF-8"})
         self.run(made, ["python3", "-m", "venv", "/opt/python"])
@@ -301,7 +303,8 @@ class Builder:
         base = self.build(stage.base)
         root = self.work / stage.name
         subprocess.run(["cp", "--archive", "--reflink=auto", str(base.root), str(root)], check=True)
-        image, arguments = replace(base, root=root), {}
+        image = replace(base, root=root)
+        arguments: dict[str, str] = {}
         for instruction, value, number in stage.steps:
             known = image.env | arguments
             if instruction == "ARG":
@@ -344,12 +347,13 @@ class Builder:
                 (there / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(found / name, there / name)
 
-    def run(self, image: Image, command: Sequence[str]) -> float:
+    def run(self, image: Image, command: Sequence[str], offline: bool = False) -> float:
         """Run a command in the files of a stage, in mount and process namespaces of its own.
 
         Args:
             image: whose.
             command: the command.
+            offline: without any network.
 
         Returns:
             float: seconds it took.
@@ -363,7 +367,8 @@ class Builder:
         for path in self.shared:
             there = root / path.relative_to("/")
             (there if path.is_dir() else there.parent).mkdir(parents=True, exist_ok=True)
-            there.is_dir() or there.touch()
+            if not path.is_dir():
+                there.touch()
             steps += [["mount", "--bind", str(path), str(there)], ["mount", "-o", "remount,bind,ro", str(there)]]
         home = "/root" if image.user == "root" else f"/home/{image.user}"
         env = {"HOME": home, **image.env, **self.env}
@@ -371,7 +376,16 @@ class Builder:
         variables = [f"{name}={value}" for name, value in env.items()]
         user = f"--userspec={image.user}:{image.user}"
         steps += [["exec", "chroot", user, str(root), "/usr/bin/env", "-i", *variables, "/bin/sh", "-c", inside]]
-        isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c"]
+        isolated = [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            *(["--net"] if offline else []),
+            "sh",
+            "-c",
+        ]
         start = time.perf_counter()
         subprocess.run([*isolated, " && ".join(map(shlex.join, steps))], check=True)
         return time.perf_counter() - start
@@ -392,8 +406,8 @@ def try_out(stages: Sequence[Stage], options: argparse.Namespace) -> None:
             with options.freeze.open("w", encoding="utf-8") as file:
                 file.write(frozen(image.root))
         demo = [*image.entry, *DEMO, *([] if options.full_demo else SHORT)]
-        print(f"== as {image.user} in {image.folder}: {shlex.join(demo)}", flush=True)
-        seconds = builder.run(image, demo)
+        print(f"== as {image.user} in {image.folder}, without network: {shlex.join(demo)}", flush=True)
+        seconds = builder.run(image, demo, offline=True)
         report = image.root / image.folder.lstrip("/") / DEMO[-1] / "report.html"
         if report.stat().st_uid != 1000:
             raise SystemExit("the demo did not run as the image's user")
