@@ -9,7 +9,7 @@ import torch
 import vlprune
 from vlprune import exporters
 from vlprune.data.scenes import VOCABULARY, scenes_captions, scenes_classes
-from vlprune.models import MODELS, loading
+from vlprune.models import MODELS, clip, loading
 from vlprune.pipeline import compress, export
 from vlprune.runtime import operators
 from vlprune.tasks import evaluate
@@ -113,3 +113,14 @@ def test_full_size_shapes_with_random_weights():
     assert model.config.text_config.vocab_size == 49408 and model.width == 512
     assert all(bool((p != 0).any()) for p in model.parameters())
     assert vlprune.load("clip-base-random", image_size=64).processor.image_size == 64
+
+
+def test_large_shapes(monkeypatch):
+    monkeypatch.setattr(clip, "start", lambda model, seed, biases: None)  # on the meta device: 428 million weights
+    model = clip.base_random("clip-large-random", loading.WEIGHTS, 224, 0)
+    sizes = {"vision": 0, "text": 0}
+    for layer in model.layers():
+        sizes[layer.modality] += layer.weight.numel()
+    assert sizes == {"vision": 24 * 12 * 1024**2, "text": 12 * 12 * 768**2}  # CLIP ViT-L/14
+    assert model.vision_model.embeddings.num_patches == 256 and model.width == 768
+    assert sum(parameter.numel() for parameter in model.parameters()) == 427_616_513  # as OpenAI's

@@ -86,6 +86,9 @@ MODELS = {
     "clip-base-random": ModelInfo(
         "clip", "random", "seeded random weights", _DUAL, "CLIP ViT-B/16 shapes, for speed and memory work only"
     ),
+    "clip-large-random": ModelInfo(
+        "clip", "random", "seeded random weights", _DUAL, "CLIP ViT-L/14 shapes, for speed and memory work only"
+    ),
     "clip": ModelInfo("clip", "hub", "openai/clip-vit-base-patch16", _DUAL, "CLIP ViT-B/16 of OpenAI"),
     "clip-vit-l-14": ModelInfo("clip", "hub", "openai/clip-vit-large-patch14", _DUAL, "CLIP ViT-L/14 of OpenAI"),
     "siglip": ModelInfo("siglip", "hub", "google/siglip-base-patch16-224", _DUAL, "SigLIP base of Google"),

@@ -35,6 +35,14 @@ from vlprune.models.text_processor import EncoderProcessor, load_clip_tokenizer
 
 MAX_SCALE = math.log(100)  # the authors clip the temperature there
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
+_LARGE: dict[str, Any] = {  # ViT-L/14, as far as it differs from transformers' defaults
+    "vision_config": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    "projection_dim": 768,
+}  # fmt: skip
 LEGACY_EOS = 2  # configs written before the id was right: the end token is the one with the largest id
 
 
@@ -229,10 +237,10 @@ def new(config: CLIPConfig, processor: EncoderProcessor, source: Source, seed: i
 
 
 def base_random(name: str, embedded: Path, image_size: int, seed: int) -> Clip:
-    """CLIP ViT-B/16 with seeded random weights; its tokenizer is clip-tiny's, the vocabulary keeps its full size.
+    """CLIP ViT-B/16 or ViT-L/14 with seeded random weights; the tokenizer is clip-tiny's, the vocabulary of full size.
 
     Args:
-        name: for the report.
+        name: alias; for the report, too.
         embedded: folder of the embedded models.
         image_size: pixels.
         seed: of the weights.
@@ -241,9 +249,12 @@ def base_random(name: str, embedded: Path, image_size: int, seed: int) -> Clip:
         Clip: no accuracy is ever shown of it.
     """
     tokenizer = load_clip_tokenizer(embedded / "clip-tiny")
+    large = _LARGE if name == "clip-large-random" else {}
     config = CLIPConfig(
-        vision_config={"image_size": image_size, "patch_size": 16},
-        text_config={"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
+        vision_config={"image_size": image_size, "patch_size": 16} | large.get("vision_config", {}),
+        text_config={"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        | large.get("text_config", {}),
+        projection_dim=large.get("projection_dim", 512),
     )
     pixels = Pixels(image_size, image_size, CLIP_MEAN, CLIP_STD)
     processor = EncoderProcessor(tokenizer, pixels, config.text_config.max_position_embeddings, "clip")

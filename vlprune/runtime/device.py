@@ -80,18 +80,13 @@ def bind(
             where a CUDA graph is wanted.
     """
     path = Path(path)
-    device = "cpu" if provider == "cpu" else "cuda"
-    arrays = feeds(session(path, "cpu", threads)) if provider == "tensorrt" else None  # engines are built for shapes
+    # TensorRT builds an engine for the shapes of the inputs, which the graph tells.
+    arrays = feeds(session(path, "cpu", threads)) if provider == "tensorrt" else None
     options = tensorrt.options(path, {n: a.shape for n, a in arrays.items()}) if arrays is not None else {}
     with tempfile.TemporaryDirectory() as folder, tensorrt.build_log(provider == "tensorrt") as log:
         graph = session(path, provider, threads, options, Path(folder))
-        arrays = feeds(graph) if arrays is None else arrays
         with refusals(f"{path} does not run"):
-            binding, inputs = _bound_inputs(graph, arrays, device)
-            for output in graph.get_outputs():
-                binding.bind_output(output.name, device)
-            _run(graph, binding)
-            outputs = dict(zip((value.name for value in graph.get_outputs()), binding.get_outputs(), strict=True))
+            fixed = Fixed(graph, feeds(graph) if arrays is None else arrays, provider)
         events = json.loads(Path(graph.end_profiling()).read_text(encoding="utf-8"))
     ran = nodes_of(events)
     nodes = dict(Counter(SHORT.get(where, where) for where, _ in ran))
@@ -99,42 +94,72 @@ def bind(
         raise MachineError(f"{path}: none of its {len(ran)} nodes runs on provider {provider}: use --provider cpu")
     if cuda_graph:
         _check_capture(path, ran, provider)
-        # Outputs keep their places: those that the run before put them to, in the memory of another session.
-        shapes = {name: (list(value.shape()), DTYPES[value.data_type()]) for name, value in outputs.items()}
-        del graph, binding, inputs, outputs
+        arrays, shapes = fixed.arrays, fixed.shapes()
+        del graph, fixed
         with refusals(f"{path} cannot be recorded as a CUDA graph"):
             graph = session(path, provider, threads, {**options, _GRAPH_OPTION[provider]: "1"})
-            binding, inputs = _bound_inputs(graph, arrays, device)
-            outputs = {n: OrtValue.ortvalue_from_shape_and_type(*shape, device, 0) for n, shape in shapes.items()}
-    binding.clear_binding_outputs()
-    for name, value in outputs.items():
-        binding.bind_ortvalue_output(name, value)
-
-    def run() -> None:
-        _run(graph, binding)
-
-    def whole() -> list[Any]:
-        for name, array in arrays.items():
-            inputs[name].update_inplace(array)
-        _run(graph, binding)
-        return [value.numpy() for value in outputs.values()]
-
-    return Bound(run, whole, nodes, log.found if provider == "tensorrt" else None)
+            fixed = Fixed(graph, arrays, provider, shapes)
+            fixed.run()
+    return Bound(fixed.run, fixed.whole, nodes, log.found)
 
 
-def _bound_inputs(graph: Any, arrays: Arrays, device: str) -> tuple[Any, dict[str, Any]]:
-    binding = graph.io_binding()
-    # A copy: on the CPU the value would be the array itself.
-    inputs = {name: OrtValue.ortvalue_from_numpy(array.copy(), device) for name, array in arrays.items()}
-    for name, value in inputs.items():
-        binding.bind_ortvalue_input(name, value)
-    binding.synchronize_inputs()
-    return binding, inputs
+class Fixed:
+    """An open graph whose inputs and outputs have fixed places on the device it runs on.
 
+    Args:
+        graph: an open session.
+        arrays: its inputs.
+        provider: of the session.
+        shapes: of its outputs, with their types; None = run it once to see.
+    """
 
-def _run(graph: Any, binding: Any) -> None:
-    graph.run_with_iobinding(binding)
-    binding.synchronize_outputs()
+    def __init__(
+        self, graph: Any, arrays: Arrays, provider: str, shapes: Mapping[str, tuple[list[int], Any]] | None = None
+    ) -> None:
+        self.graph, self.arrays = graph, arrays
+        device = "cpu" if provider == "cpu" else "cuda"
+        self.binding = graph.io_binding()
+        # A copy: on the CPU the value would be the array itself.
+        self.inputs = {name: OrtValue.ortvalue_from_numpy(array.copy(), device) for name, array in arrays.items()}
+        for name, value in self.inputs.items():
+            self.binding.bind_ortvalue_input(name, value)
+        self.binding.synchronize_inputs()
+        if shapes is None:
+            names = [output.name for output in graph.get_outputs()]
+            for name in names:
+                self.binding.bind_output(name, device)
+            self.run()
+            self.outputs = dict(zip(names, self.binding.get_outputs(), strict=True))
+            self.binding.clear_binding_outputs()
+        else:
+            made = OrtValue.ortvalue_from_shape_and_type
+            self.outputs = {name: made(*shape, device, 0) for name, shape in shapes.items()}
+        for name, value in self.outputs.items():
+            self.binding.bind_ortvalue_output(name, value)
+
+    def shapes(self) -> dict[str, tuple[list[int], Any]]:
+        """Tell the shapes and types of the outputs.
+
+        Returns:
+            dict[str, tuple[list[int], Any]]: by name.
+        """
+        return {name: (list(value.shape()), DTYPES[value.data_type()]) for name, value in self.outputs.items()}
+
+    def run(self) -> None:
+        """Run it once, to the end."""
+        self.graph.run_with_iobinding(self.binding)
+        self.binding.synchronize_outputs()
+
+    def whole(self) -> list[Any]:
+        """Copy the inputs to the device, run, copy the outputs back.
+
+        Returns:
+            list[Any]: the outputs.
+        """
+        for name, array in self.arrays.items():
+            self.inputs[name].update_inplace(array)
+        self.run()
+        return [value.numpy() for value in self.outputs.values()]
 
 
 def nodes_of(events: list[dict[str, Any]]) -> list[tuple[str, str]]:
