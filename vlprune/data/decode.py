@@ -39,7 +39,7 @@ def load_image(path: Path | str, thumbnail: bool = False) -> Image.Image:
                 raise BrokenImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             if thumbnail:
                 image.draft(None, (1, 1))
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
     except BrokenImageError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on malformed files
@@ -47,7 +47,18 @@ def load_image(path: Path | str, thumbnail: bool = False) -> Image.Image:
         raise BrokenImageError(text or type(error).__name__) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Make an image RGB, as a viewer shows it: on white where it is transparent, 16-bit grey scaled down.
+
+    Args:
+        image: of any mode but floating-point.
+
+    Returns:
+        Image.Image: RGB.
+
+    Raises:
+        BrokenImageError: its pixels are floating-point numbers.
+    """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.has_transparency_data:
