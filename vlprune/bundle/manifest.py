@@ -64,7 +64,7 @@ class Manifest(TypedDict):
         vlprune: version that wrote the bundle.
         versions: package -> version, of the run.
         recipe_sha256: of the run's recipe.yaml.
-        metrics: rows of report.json (`vlprune.report.schema.Metrics`): of this variant, and of the dense ones beside it.
+        metrics: rows of report.json (`vlprune.report.schema.Metrics`), of this variant and of the dense ones.
         example: where the stored input comes from.
         tolerance: largest difference from the stored output, relative to the largest value where that is above 1.
         differences: the same measure between the bundle and the run's plain fp32 graphs, per output, when it was made.

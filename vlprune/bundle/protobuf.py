@@ -21,17 +21,16 @@ from .limits import WEIGHTS
 Wire = tuple[int, int, "int | memoryview"]  # field number, wire type, value
 
 # Standard operators: computation on tensors. No control flow, no functions, no strings, no randomness.
-STANDARD = frozenset(
-    """
-    Abs Add And ArgMax ArgMin AveragePool Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos CumSum
-    DequantizeLinear Div DynamicQuantizeLinear Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu
-    Gemm GlobalAveragePool Greater GreaterOrEqual HardSigmoid Identity InstanceNormalization LayerNormalization
-    LeakyRelu Less LessOrEqual Log LogSoftmax MatMul MatMulInteger Max MaxPool Mean Min Mod Mul Neg Not Or Pad Pow
-    QLinearConv QLinearMatMul QuantizeLinear Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd
-    ReduceSum ReduceSumSquare Relu Reshape Resize Round ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus
-    Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
-    """.split()
-)
+_NAMES = """
+Abs Add And ArgMax ArgMin AveragePool Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos CumSum DequantizeLinear
+Div DynamicQuantizeLinear Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm
+GlobalAveragePool Greater GreaterOrEqual HardSigmoid Identity InstanceNormalization LayerNormalization LeakyRelu Less
+LessOrEqual Log LogSoftmax MatMul MatMulInteger Max MaxPool Mean Min Mod Mul Neg Not Or Pad Pow QLinearConv
+QLinearMatMul QuantizeLinear Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+ReduceSumSquare Relu Reshape Resize Round ScatterND Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt
+Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
+"""
+STANDARD = frozenset(_NAMES.split())
 OPERATORS: Mapping[str, frozenset[str]] = {
     "": STANDARD,
     "ai.onnx": STANDARD,

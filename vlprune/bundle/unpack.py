@@ -125,8 +125,8 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise MachineError(
-            f"the bundle needs {needed / 1e6:,.0f} MB in {folder.parent} and there are {free / 1e6:,.0f}: free some, or "
-            "set TMPDIR to a larger folder"
+            f"the bundle needs {needed / 1e6:,.0f} MB in {folder.parent} and there are {free / 1e6:,.0f}: free some, "
+            "or set TMPDIR to a larger folder"
         )
 
 

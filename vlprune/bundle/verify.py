@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..errors import MachineError, RequestError
 from . import limits
-from .manifest import Manifest, parse_json
+from .manifest import parse_json
 from .runner import Bundle
 from .unpack import unpack
 
@@ -48,8 +48,8 @@ def verify(path: Path | str, public_key: Path | str | None = None, threads: int 
     for output, value in expected.items():
         if isinstance(value, str) and found[output] != value:
             raise MachineError(
-                f"{path} computes something else here: {output} {found[output]!r:.200} instead of {value!r:.200}: do not "
-                "use it on this machine"
+                f"{path} computes something else here: {output} {found[output]!r:.200} instead of {value!r:.200}: "
+                "do not use it on this machine"
             )
     signature = "valid" if public_key is not None else "not checked" if manifest["signed"] else "none"
     return {

@@ -271,9 +271,9 @@ def _open(
 
 def _is_packed(path: Path) -> bool:
     """Tell whether a graph needs the operators of this package."""
-    import onnx
-
     try:
+        import onnx  # the edge runner has none
+
         imports = onnx.load(path, load_external_data=False).opset_import
     except Exception:  # whatever is wrong with the file, onnxruntime has said it
         return False
