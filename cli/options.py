@@ -109,6 +109,18 @@ def parse_precisions(text: str | Names) -> Names:
     return Names(names.check("precision", part, names.PRECISIONS) for part in _parts(text, "--precision"))
 
 
+def parse_names(text: str | Names) -> Names:
+    """Parse a comma list whose names are looked at later.
+
+    Args:
+        text: comma list.
+
+    Returns:
+        Names: the names, in the order given.
+    """
+    return text if isinstance(text, Names) else Names(_parts(text, "the list"))
+
+
 def parse_sizes(text: str | Sizes) -> Sizes:
     """Parse `--bench-batch`.
 
@@ -727,6 +739,95 @@ CudaGraph = Annotated[
     bool, typer.Option("--cuda-graph", help="On a GPU, record the kernels of a graph once and start them all at once.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
+
+Limits = Annotated[
+    Path | None,
+    typer.Option("--limits", metavar="FILE", help="Limits in a YAML file; options win over it.", show_default=False),
+]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(
+        "--baseline",
+        metavar="RUN_OR_REPORT",
+        help="Earlier report: scores are compared with those of the same variant in it.",
+        show_default=False,
+    ),
+]
+Variants = Annotated[
+    Names | None,
+    typer.Option(
+        "--variant",
+        parser=parse_names,
+        metavar="ID[,ID...]",
+        help="Judge these; by default the fine-tuned compressed variants, or all compressed ones where there is none.",
+    ),
+]
+Against = Annotated[
+    Names | None,
+    typer.Option(
+        "--against",
+        parser=parse_names,
+        metavar="REFERENCE[,...]",
+        help="Compare scores with dense, dense-finetuned, baseline; by default with the baseline, where one is given, "
+        "else with every dense variant there is.",
+    ),
+]
+Forms = Annotated[
+    Names | None,
+    typer.Option(
+        "--form",
+        parser=parse_names,
+        metavar="FORM[,FORM...]",
+        help="Judge graphs in these forms: plain, packed, fused, fp16, int8-static, int8-dynamic.",
+    ),
+]
+_NESTED = "a value, or NAME=VALUE pairs by task, graph, provider..."
+MinSparsity = Annotated[
+    str | None,
+    typer.Option("--min-sparsity", metavar="SHARE", help=f"Share of weights removed, at least: {_NESTED}"),
+]
+MaxMetricDrop = Annotated[
+    str | None,
+    typer.Option(
+        "--max-metric-drop", metavar="POINTS", help=f"What scores may lose, in points or percent (5%): {_NESTED}"
+    ),
+]
+MaxBytes = Annotated[
+    str | None,
+    typer.Option("--max-bytes", metavar="SIZE", help=f"Size of each ONNX graph at most, as in 20MB: {_NESTED}"),
+]
+MinThroughputRatio = Annotated[
+    str | None,
+    typer.Option(
+        "--min-throughput-ratio",
+        metavar="RATIO",
+        help=f"Dense time / compressed time, for all of its confidence interval: {_NESTED}",
+    ),
+]
+MaxAbsDiff = Annotated[
+    str | None,
+    typer.Option("--max-abs-diff", metavar="DIFF", help=f"Difference of ONNX Runtime to PyTorch at most: {_NESTED}"),
+]
+RequiredProviders = Annotated[
+    Names | None,
+    typer.Option(
+        "--required-providers",
+        parser=parse_names,
+        metavar="P[,P...]",
+        help="ONNX Runtime providers that must have scored every task.",
+    ),
+]
+Junit = Annotated[
+    Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML, too.", show_default=False)
+]
+ReportA = Annotated[
+    Path,
+    typer.Argument(callback=check_path, metavar="A", help="Run directory, or a report.json.", show_default=False),
+]
+ReportB = Annotated[
+    Path, typer.Argument(callback=check_path, metavar="B", help="What A is compared with.", show_default=False)
+]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")]
 
 RATIOS = Ratios((0.9,))
 CPU = Names(("cpu",))

@@ -4,7 +4,6 @@ Flat rows, easy to load into a table; every row names its variant. `validate_rep
 are the only place where a key is declared.
 """
 
-import math
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from types import NoneType, UnionType
@@ -14,6 +13,7 @@ from vlprune.errors import RequestError
 
 
 SCHEMA_VERSION = 1
+FINITE = 1e18  # no figure of a report is larger
 
 Verdict = Literal["faster", "slower", "no measurable difference"]
 
@@ -453,10 +453,12 @@ def _mismatches(value: Any, expected: Any, path: str) -> Iterator[str]:
     elif expected is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             yield f"{path} is no number"
-        elif not math.isfinite(value):
-            yield f"{path} is {value}"
+        elif not -FINITE < value < FINITE:
+            yield f"{path} is {value:.3}" if isinstance(value, float) else f"{path} is too large"
     elif not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        yield f"{path} is {value!r}, no {expected.__name__}"
+        yield f"{path} is {value!r:.60}, no {expected.__name__}"
+    elif expected is int and not -FINITE < value < FINITE:
+        yield f"{path} is too large"
 
 
 def _join(path: str, key: str) -> str:
@@ -493,6 +495,9 @@ def _contradictions(report: Report) -> Iterator[str]:
     for index, graph in enumerate(report["graphs"]):
         if _leaves(graph["file"]):
             yield f"graphs[{index}].file leaves the run directory"
+        for key in ("bytes", "dense_bytes", "max_abs_diff"):
+            if graph[key] < 0:  # type: ignore[literal-required]
+                yield f"graphs[{index}].{key} is negative"
         if not 0 <= graph["nonzero_fraction"] <= 1:
             yield f"graphs[{index}].nonzero_fraction is outside 0 to 1"
     for index, timed in enumerate(report["throughput"]):
