@@ -37,7 +37,8 @@ def gate(
       vlprune gate run --max-metric-drop retrieval=2,captioning.cider=5% --min-throughput-ratio cpu=1.2
     """
     from vlprune.report import checks as results
-    from vlprune.report.gate import by_option, judge, read_limits
+    from vlprune.report.gate import judge
+    from vlprune.report.limits import by_option, read_limits
     from vlprune.report.read import read_report
 
     given = {

@@ -18,6 +18,7 @@ import typer
 from vlprune import __version__
 from vlprune.cli import (
     bench,
+    compare,
     compress,
     doctor,
     export,
@@ -53,6 +54,7 @@ for _verb in (
     bench.bench,
     report.report,
     gate.gate,
+    compare.compare,
     inspect.inspect,
     models.models,
     methods.methods,

@@ -153,6 +153,7 @@ FROZEN = {
         "--junit",
         "--json",
     },
+    "compare": {"a", "b", "--markdown", "--json"},
     "recipe": set(),
     "recipe validate": {"file", "--json"},
     "inspect": {"path", "--json"},
