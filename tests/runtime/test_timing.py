@@ -384,7 +384,7 @@ def test_a_gpu_is_timed_with_and_without_copies(monkeypatch: pytest.MonkeyPatch)
             ran.append(path)
             time.sleep(1e-4 if path == "dense" else 5e-5)
 
-        return device.Bound(run, lambda: ran.append("copies") or run() or [], nodes, SparseLayers(48, 2))
+        return device.Bound(None, run, lambda: ran.append("copies") or run() or [], nodes, SparseLayers(48, 2))
 
     seen = iter([{"sm_mhz": 1980.0, "throttled": []}, {"sm_mhz": 1755.0, "throttled": ["power cap"]}])
     monkeypatch.setattr(timing, "bind", bound)

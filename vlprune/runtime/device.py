@@ -43,12 +43,14 @@ class Bound:
     """A graph with inputs and outputs at fixed places on a device.
 
     Attributes:
+        graph: the open session, which `Fixed` may bind to inputs of other shapes; not a recorded one.
         run: runs it once, to the end, without any copy between host and device.
         whole: copies the inputs to the device, runs it, copies the outputs back.
         nodes: provider ("cpu", "cuda", "tensorrt") -> nodes that it ran.
         sparse: what TensorRT's build log says of sparse layers; None for other providers, and engines from a cache.
     """
 
+    graph: Any
     run: Callable[[], None]
     whole: Callable[[], list[Any]]
     nodes: dict[str, int]
@@ -100,7 +102,7 @@ def bind(
             graph = session(path, provider, threads, {**options, _GRAPH_OPTION[provider]: "1"})
             fixed = Fixed(graph, arrays, provider, shapes)
             fixed.run()
-    return Bound(fixed.run, fixed.whole, nodes, log.found)
+    return Bound(graph, fixed.run, fixed.whole, nodes, log.found)
 
 
 class Fixed:
