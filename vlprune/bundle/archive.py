@@ -20,7 +20,8 @@ from .limits import MAX_WINDOW, SIGNATURE
 
 
 BLOCK = 512
-PIECE = 1 << 20  # bytes read at a time
+PIECE = 1 << 18  # bytes read at a time
+FEED = 1 << 10  # bytes decompressed at a time: a block of zstd may turn 4 of them into 128 KiB
 LEVEL = 12  # most of the gain is that of the entropy coder, which all levels have
 _KINDS = {
     b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"5": "a folder", b"6": "a pipe",
@@ -77,25 +78,8 @@ def write(path: Path, members: Iterable[tuple[str, bytes | Path]]) -> None:
         out.write(b"\0" * (2 * BLOCK))
 
 
-class _Source:
-    """The compressed file; its last byte is given alone, so that it shows whether the frame ends exactly with it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.left = os.fstat(file.fileno()).st_size
-        self.starved = False
-
-    def read(self, size: int) -> bytes:
-        if self.left == 0:
-            self.starved = True
-            return b""
-        data = self.file.read(min(size, max(self.left - 1, 1)))
-        self.left -= len(data)
-        return data
-
-
 class Reader:
-    """Reads an archive from front to back; memory is that of one piece and of zstd's window.
+    """Reads an archive from front to back; memory is that of a piece, of zstd's window, and 64 MiB at worst.
 
     Args:
         path: the file, for messages.
@@ -107,10 +91,11 @@ class Reader:
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
-        self._source = _Source(file)
-        self.size = self._source.left
-        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-        self._stream = decompressor.stream_reader(self._source, read_size=PIECE, closefd=False)  # type: ignore[arg-type]
+        self.size = os.fstat(file.fileno()).st_size
+        self._file = file
+        self._decoder = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
+        self._waiting = b""  # read from the file, not decompressed yet
+        self._ready = bytearray()  # decompressed, not asked for yet
 
     def first(self, name: str, most: int) -> bytes:
         """Read the first member, whose size nobody has told yet.
@@ -163,12 +148,11 @@ class Reader:
         found = self._read(2 * BLOCK)
         if any(found):
             raise self._unlike(found[:BLOCK], None)
-        with self._errors():
-            more = self._stream.read(1)
-        if more or self._source.left:
+        while not self._decoder.eof:  # its checksum comes last
+            if not self._pull():
+                raise self.refusal("it is cut short")
+        if self._ready or self._decoder.unused_data or self._waiting or self._file.read(1):
             raise self.refusal("data follow its end")
-        if self._source.starved:
-            raise self.refusal("it is cut short")
 
     def refusal(self, what: str) -> RequestError:
         """Make the error that refuses the file.
@@ -191,21 +175,25 @@ class Reader:
             raise self.refusal("there are data between its members")
 
     def _read(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            with self._errors():
-                piece = self._stream.read(size - len(data))
-            if not piece:
+        while len(self._ready) < size:
+            if not self._pull():
                 raise self.refusal("it is cut short")
-            data = data + piece if data else piece
+        data = bytes(self._ready[:size])
+        del self._ready[:size]
         return data
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _pull(self) -> bool:
+        """Decompress a little more; tell whether there was more."""
+        if self._decoder.eof:
+            return False
+        if not self._waiting:
+            self._waiting = self._file.read(PIECE)
+        fed, self._waiting = self._waiting[:FEED], self._waiting[FEED:]
         try:
-            yield
+            self._ready += self._decoder.decompress(fed)
         except zstandard.ZstdError as error:
             raise self.refusal(f"zstd says {' '.join(str(error).split())[:200]}") from error
+        return bool(fed)
 
     def _unlike(self, found: bytes, wanted: str | None) -> RequestError:
         """Say what stands where a member should be."""
