@@ -129,6 +129,13 @@ def test_every_variant_and_task_is_in_the_report(finished: Path) -> None:
 
     text = (finished / "report.md").read_text()
     assert all(f"| {variant} |" in text for variant in (*BASES, *TUNED))
+    assert {row["task"] for row in report["samples"]} == set(TASKS)
+    for row in report["samples"]:
+        scored = {(m["variant"], m["runtime"]) for m in report["metrics"] if m["task"] == row["task"]}
+        assert {(output["variant"], output["runtime"]) for output in row["outputs"]} == scored
+        assert all((finished / image).is_file() for image in row["images"])
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") >= len(TASKS) * 4 and "no image" not in page
     assert hidden(finished) == [] and not (finished / "training").exists()
 
 
