@@ -358,13 +358,14 @@ def _speeds(subject: _Subject) -> list[_Item]:
         return _Item(_called(row, f"batch {row['batch']}"), verdict)
 
     items = _gaps(subject, subject.timed, "min_throughput_ratio", "it was not timed")
+    anywhere = {(row["task"], row["graph"]) for row in subject.timed}
     for provider in dict.fromkeys(row["provider"] for row in subject.timed):  # packed graphs run on the CPU alone
         rows = [row for row in subject.timed if row["provider"] == provider]
         shipped = [row for row in rows if packing(row) != "plain"] or rows
         items += [item(row) for row in shipped]
         there = {(row["task"], row["graph"]) for row in shipped}
         for task, graph in subject.exported:
-            if (task, graph) not in there:
+            if (task, graph) in anywhere - there:
                 judge = subject.missing("min_throughput_ratio", f"{task} / {graph}", provider, "it was not timed")
                 items.append(_Item(frozenset({task, graph, provider}), judge))
     return items
