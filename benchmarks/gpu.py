@@ -609,8 +609,8 @@ def document(parts: Mapping[str, Part], planned: Sequence[str]) -> str:
     blocks.append(
         "Random weights of BLIP-base's, CLIP ViT-B/16's and ViT-L/14's shapes, 224 pixels, texts of full length. The "
         "graphs are those of retrieval; times are medians by the protocol of `vlprune/runtime/timing.py`, inputs and "
-        "outputs in the GPU's memory, dense and compressed in turn. ONNX Runtime multiplies fp32 in TF32 on CUDA, as it "
-        "does by default. Unstructured zeros are multiplied like any other number: no gain is expected of them here."
+        "outputs in the GPU's memory, dense and compressed in turn. ONNX Runtime multiplies fp32 in TF32 on CUDA, as "
+        "it does by default. Unstructured zeros are multiplied like any other number: no gain is expected of them here."
     )
     blocks += ["## Targets", table(["target", "limit", "measured", ""], targets(parts, models), 1)]
     for kind, (title, section) in SECTIONS.items():

@@ -98,7 +98,7 @@ def bind(
         _check_capture(path, ran, provider)
         arrays, shapes = fixed.arrays, fixed.shapes()
         del graph, fixed
-        with refusals(f"{path} cannot be recorded as a CUDA graph"):
+        with refusals(f"{path} cannot be recorded as a CUDA graph, leave --cuda-graph out"):
             graph = session(path, provider, threads, {**options, _GRAPH_OPTION[provider]: "1"})
             fixed = Fixed(graph, arrays, provider, shapes)
             fixed.run()
