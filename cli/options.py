@@ -534,6 +534,12 @@ Method = Annotated[
 Pattern = Annotated[
     str, typer.Option("--pattern", parser=parse_pattern, help="unstructured, n:m, or rxc blocks.", metavar="PATTERN")
 ]
+Permute = Annotated[
+    bool,
+    typer.Option(
+        "--permute", help="n:m patterns: reorder hidden units first, so that more of the weights' magnitude is kept."
+    ),
+]
 RoundWidths = Annotated[
     bool,
     typer.Option(

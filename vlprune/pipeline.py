@@ -37,6 +37,7 @@ def compress(
     ratios: list[float],
     method: str = "multiflow",
     pattern: str = "unstructured",
+    permute: bool = False,
     round_widths: bool = True,
     mope: dict[str, Any] | None = None,
     family: str | None = None,
@@ -79,6 +80,8 @@ def compress(
         ratios: fractions of the prunable weights to remove, in (0, 1).
         method: a name of `vlprune.pruning.METHODS` (masks) or `vlprune.structured.STRUCTURED` (whole units go).
         pattern: of masks: "unstructured", "n:m" or "rxc".
+        permute: n:m patterns: reorder hidden units and dimensions of heads first, so that more of the weights is kept;
+            the model computes the same.
         round_widths: structured methods leave widths that are multiples of 8.
         mope: what mope measures: "stage" ("pretraining": the model as given; "task": fine-tuned for each task) and
             numbers of `vlprune.training.mope.MopeOptions`; None = the defaults.
@@ -141,6 +144,8 @@ def compress(
         recipe |= _structured_recipe(method, round_widths, mope, distill)
         _check_compile(recipe)
     with problems:
+        recipe |= _permute_recipe(method, pattern, permute)
+    with problems:
         recipe |= {"precision": _precisions(precision)}
         if len(recipe["precision"]) > 1 and not export:
             raise RequestError(f"--precision {','.join(precision or [])} is of ONNX graphs: add --export onnx")
@@ -177,6 +182,7 @@ def prune(
     ratios: list[float],
     method: str = "multiflow",
     pattern: str = "unstructured",
+    permute: bool = False,
     round_widths: bool = True,
     mope: dict[str, Any] | None = None,
     family: str | None = None,
@@ -198,6 +204,7 @@ def prune(
         ratios: see `compress`.
         method: see `compress`.
         pattern: see `compress`.
+        permute: see `compress`.
         round_widths: see `compress`.
         mope: see `compress`.
         family: see `compress`.
@@ -227,6 +234,7 @@ def prune(
         "samples": None,
         **OLDER,
         **_structured_recipe(method, round_widths, mope, None),
+        **_permute_recipe(method, pattern, permute),
     }
     if "training" in _needs(method) or recipe["mope"].get("stage") == "task":
         raise RequestError(f"{method} prunes for each task here, while it is trained: use vlprune compress")
@@ -592,6 +600,12 @@ def _finetune_recipe(
     chosen: dict[str, Any] = {"mode": mode, "max_steps": max_steps, "epochs": epochs, "lr": lr}
     how = {"gradient_checkpointing": gradient_checkpointing, "compile": compile}
     return chosen | {name: True for name, wanted in how.items() if wanted}  # older recipes tell of neither
+
+
+def _permute_recipe(method: str, pattern: str, permute: bool) -> dict[str, Any]:
+    if permute and (method in STRUCTURED or Pattern.parse(pattern).kept is None):
+        raise RequestError("--permute is for patterns that keep n of m neighbours: add --pattern 2:4 --ratio 0.5")
+    return {"permute": permute}
 
 
 def _precisions(chosen: list[str] | None) -> list[str]:

@@ -123,6 +123,7 @@ RECIPE: dict[str, Rule] = {  # what recipe.yaml holds, so that later verbs find 
     "samples": Optional(COUNT),
     "precision": Several(PRECISION),
     "fuse": Optional(flag),
+    "permute": flag,
     "pack": Choice("packing", names.PACKINGS),
     "values": Choice("kind of values", names.PACKED_VALUES),
     "target": Choice("target", names.TARGETS),
@@ -132,8 +133,8 @@ RECIPE: dict[str, Rule] = {  # what recipe.yaml holds, so that later verbs find 
     "distill": _distill,
 }
 OLDER: dict[str, Any] = {  # what older recipes leave out
-    "precision": ["fp32"], "fuse": False, "pack": "none", "values": "fp32", "target": "auto", "pack_threshold": None,
-    "round_widths": True, "mope": {}, "distill": None,
+    "precision": ["fp32"], "fuse": False, "permute": False, "pack": "none", "values": "fp32", "target": "auto",
+    "pack_threshold": None, "round_widths": True, "mope": {}, "distill": None,
 }  # fmt: skip
 ELSEWHERE = ("output", "resume", "json", "debug")  # of the command line alone
 OPTIONS = {  # options whose keys have other names

@@ -36,8 +36,8 @@ KINDS = (  # in the order of the report
     "samples", "bench",
 )  # fmt: skip
 OWN = (
-    "stages", "masks", "checkpoints", "onnx", "training", "samples", "statistics.safetensors", "report.json",
-    "report.md", "report.html",
+    "stages", "masks", "checkpoints", "onnx", "training", "samples", "statistics.safetensors",
+    "permutation.safetensors", "report.json", "report.md", "report.html",
 )  # fmt: skip
 
 

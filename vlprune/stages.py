@@ -51,7 +51,7 @@ from vlprune.report.summary import DYNAMIC
 from vlprune.run import Run
 from vlprune.runtime.session import load_graphs
 from vlprune.runtime.timing import compare
-from vlprune.structured import STRUCTURED
+from vlprune.structured import STRUCTURED, permute
 from vlprune.structured.plan import PATTERN
 from vlprune.structured_stages import Structured
 from vlprune.tasks import evaluate
@@ -101,6 +101,7 @@ class Stages:
         self._quantised: dict[str, tempfile.TemporaryDirectory[str]] = {}
         self._ranges: dict[tuple[str, str], dict[str, ranges.Ranges]] = {}
         self._data: dict[tuple[str, str], Data] = {}
+        self._permutation: tuple[permute.Permutation, dict[str, Any]]  # set with `model`, where the recipe says so
 
     # --- what stages share -----------------------------------------------------------------------------------------
 
@@ -114,7 +115,24 @@ class Stages:
     def model(self) -> Model:
         """The model as given, on the CPU."""
         recipe = self.recipe
-        return load(recipe["model"], family=recipe["family"], image_size=recipe["image_size"], seed=recipe["seed"])
+        model = load(recipe["model"], family=recipe["family"], image_size=recipe["image_size"], seed=recipe["seed"])
+        if recipe["permute"]:
+            self._permute(model)
+        return model
+
+    def _permute(self, model: Model) -> None:
+        """Reorder the units as the run has it in its file, or as is best for the pattern."""
+        path, pattern, seed = self._permutation_file, self.recipe["pattern"], self.recipe["seed"]
+        made_for = {"model": fingerprint(model.layers()), "pattern": pattern, "seed": seed}
+        found = permute.load(path, model, made_for) if path.is_file() else None
+        if found is None:
+            found = permute.search(model, Pattern.parse(pattern), seed)
+        self._permutation = found, made_for
+        permute.permute(model, found.orders)
+
+    @property
+    def _permutation_file(self) -> Path:
+        return self.run.folder / "permutation.safetensors"
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -367,6 +385,11 @@ class Stages:
         # Zeros are multiplied like any other number: masked models have the parameters and operations of the dense one.
         same: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
         same["flops"] = {task: sum(flops(model, task).values()) for task in model.tasks}
+        more: dict[str, Any] = {}
+        if self.recipe["permute"]:
+            found, made_for = self._permutation
+            permute.save(self._permutation_file, found, made_for)
+            more["permuted"] = {"before": found.before, "after": found.after}
         rows = [self.row(Variant("dense", None, False), sparsity=sparsity_summary(zeros, modality), **same)]
         del zeros
         variants = [Variant(self.variant_id(ratio), ratio, False) for ratio in self.recipe["ratios"]]
@@ -375,7 +398,7 @@ class Stages:
             rows += [self.row(variant, **row) for variant, row in zip(variants, found, strict=False)]
         else:
             rows += [
-                self.row(variant, sparsity=sparsity, **same)
+                self.row(variant, sparsity=sparsity, **same, **more)
                 for variant, sparsity in zip(variants, self._masks(modality), strict=True)
             ]
         return {"variants": rows}

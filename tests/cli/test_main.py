@@ -47,6 +47,7 @@ def test_compress_hands_everything_over(pipeline: Any, tmp_path: Path, capsys: p
         "ratios": [0.63, 0.9],
         "method": "multiflow",
         "pattern": "unstructured",
+        "permute": False,
         "round_widths": True,
         "mope": None,
         "family": None,

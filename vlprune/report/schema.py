@@ -85,6 +85,8 @@ class Variant(TypedDict):
             cache, texts of 35 tokens where their number is free, counted by torch.utils.flop_counter: matrix products,
             convolutions and attention, a multiply-add being two. Masked weights are multiplied like any others.
         per_task: task -> the figures above, which are then their means over tasks.
+        permuted: units were reordered for the pattern (`--permute`): mean share of the magnitude of the weights that
+            read them which it keeps, before and after.
     """
 
     id: str
@@ -96,6 +98,7 @@ class Variant(TypedDict):
     parameters: int
     flops: NotRequired[dict[str, int]]
     per_task: NotRequired[dict[str, TaskVariant]]
+    permuted: NotRequired[dict[str, float]]
 
 
 class Metrics(TypedDict):
