@@ -5,7 +5,7 @@ from vlprune.cli.show import show
 
 
 def inspect(path: o.AnyPath, json: o.Json = False) -> None:
-    """Tell what is in a checkpoint, mask, ONNX file, or run.
+    """Tell what is in a checkpoint, mask, ONNX file, bundle, or run.
 
     Shows sparsity per modality and layer, sizes, and operators.
 

@@ -18,6 +18,7 @@ import typer
 from vlprune import __version__
 from vlprune.cli import (
     bench,
+    bundle,
     compare,
     compress,
     doctor,
@@ -62,6 +63,7 @@ for _verb in (
 ):
     app.command()(_verb)
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(bundle.app, name="bundle")
 
 
 def _print_version(wanted: bool) -> None:

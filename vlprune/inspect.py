@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 
 KNOWN = (
-    "a Hugging Face folder, .safetensors (weights, masks, statistics, errors), .pth, .onnx, an exported task or a run"
+    "a Hugging Face folder, .safetensors (weights, masks, statistics, errors), .pth, .onnx, a bundle, an exported task "
+    "or a run"
 )
 PICKLES = (".pth", ".pt", ".bin")
+BUNDLES = (".zst",)
 TOP = 5  # modules that are shown from either end of a table of errors
 HEAT = "·▁▂▃▄▅▆▇█"
 
 
 def inspect(path: Path | str) -> dict[str, Any]:
-    """Describe a checkpoint, mask or plan file, statistics file, ONNX file, exported task or run directory.
+    """Describe a checkpoint, mask or plan file, statistics file, ONNX file, bundle, exported task or run directory.
 
     Args:
         path: the file or folder.
@@ -49,6 +51,8 @@ def inspect(path: Path | str) -> dict[str, Any]:
         kind, read = _safetensors_kind(path)
     elif path.suffix == ".onnx":
         kind, read = "ONNX graph", _onnx
+    elif path.suffix in BUNDLES:
+        kind, read = "bundle", _bundle
     elif path.suffix in PICKLES:
         kind, read = "PyTorch weights", _pickle
     else:
@@ -487,6 +491,44 @@ def _value_type(value: ValueInfoProto) -> str:
         size.dim_param or (str(size.dim_value) if size.HasField("dim_value") else "?") for size in tensor.shape.dim
     ]
     return _plain(f"{kind} [{', '.join(sizes)}]")
+
+
+# --- bundles ----------------------------------------------------------------------------------------------------------
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    """What a bundle holds, once all of its hashes have been found right; its graphs are not opened."""
+    import tempfile
+
+    from vlprune.bundle.unpack import unpack
+
+    with tempfile.TemporaryDirectory(prefix="vlprune-") as folder:
+        manifest, identity = unpack(path, Path(folder))
+    size, files = path.stat().st_size, manifest["files"]
+    forms: dict[str, Counter[str]] = {}
+    for tensor in manifest["weights"]["tensors"]:
+        form = f"{tensor['stored']}, {tensor['coding']}" + (", not zero only" if tensor["masked"] else "")
+        stored = files[f"weights/{tensor['sha256']}"]["bytes"]
+        forms.setdefault(form, Counter()).update(tensors=1, stored=stored, rebuilt=tensor["bytes"])
+    keys = ("task", "family", "variant", "precision", "packed", "values", "embeddings", "signed", "example")
+    return {
+        "bundle": identity,
+        **{key: manifest[key] if isinstance(manifest[key], bool) else _plain(manifest[key]) for key in keys},  # type: ignore[literal-required]
+        "model": {_plain(key): _plain(value) for key, value in manifest["model"].items()},
+        "dense_bytes": manifest["dense_bytes"],
+        "ratio": _fraction(size, manifest["dense_bytes"]),
+        "recipe_sha256": manifest["recipe_sha256"],
+        "versions": {_plain(name): _plain(version) for name, version in manifest["versions"].items()},
+        "scores": [
+            {
+                **{key: _plain(row.get(key)) for key in ("variant", "runtime", "dataset", "n")},
+                **{_plain(name): _number(value) for name, value in dict(row.get("values") or {}).items()},
+            }
+            for row in manifest["metrics"]
+        ],
+        "weights": [{"form": form, **counts} for form, counts in sorted(forms.items())],
+        "files": {name: entry["bytes"] for name, entry in files.items() if not name.startswith("weights/")},
+    }
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The archive: one zstd frame around a ustar archive that can be written in one way only.
 
 The header of a member is a function of its name and size, so the reader knows each header, byte by byte, before it
-reads it. Links, devices, folders, extended headers, other owners and times are all simply not that header. `tar --zstd
--xf` reads these archives, too.
+reads it. Links, devices, folders, extended headers, other owners and times are all simply not that header. tar reads
+these archives, too.
 """
 
 from __future__ import annotations

@@ -202,6 +202,9 @@ def _checked(value: Any, archive_bytes: int) -> Manifest:
         raise _BrokenError("metrics is no list")
     for row in metrics:
         _finite(_object(row, "a row of metrics"), "metrics")
+        values = row.get("values")
+        if not isinstance(values, dict) or not all(map(_is_number, values.values())):
+            raise _BrokenError(f"a row of metrics has the values {_short(values)}")
     tolerance = manifest.get("tolerance")
     if not _is_number(tolerance) or not 0 < tolerance <= MAX_TOLERANCE:
         raise _BrokenError(f"tolerance = {_short(tolerance)} is not above 0 and at most {MAX_TOLERANCE}")

@@ -250,7 +250,7 @@ class Bundle:
                 raise RequestError("a classification bundle knows its own classes only: leave the others out")
             names = list(classes)
         if not names:
-            raise RequestError("the bundle names no classes: give some (--classes cat,dog)")
+            raise RequestError("the bundle names no classes: give some, as in cat and dog")
         with _fitting():
             scores = self._class_scores(given, tuple(names))
             best = np.argsort(-scores, axis=1, kind="stable")[:, :top]

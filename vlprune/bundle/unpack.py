@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import MachineError
+from ..errors import MachineError, RequestError
 from . import archive, limits, signing
 from .manifest import FileEntry, Manifest, identity, parse
 from .protobuf import check_graph
@@ -81,7 +81,7 @@ def _begin(reader: archive.Reader, public_key: Path | None) -> tuple[Manifest, s
         if public_key is not None:
             signing.check(text, signature, public_key)
     elif public_key is not None:
-        raise reader.refusal("it is not signed")
+        raise RequestError(f"{reader.path} is not signed: get a signed one, or do not ask for a key")
     return manifest, identity(text)
 
 
