@@ -490,7 +490,7 @@ AnyPath = Annotated[
     typer.Argument(
         callback=check_path,
         metavar="PATH",
-        help="Checkpoint, mask file, ONNX file or run directory.",
+        help="Checkpoint, mask file, ONNX file, bundle or run directory.",
         show_default=False,
     ),
 ]
