@@ -131,6 +131,39 @@ def test_packed_values_of_int8_are_no_choice(tmp_path: Path, capsys: pytest.Capt
     assert error.count("\n") == 1 and "fp16" in error
 
 
+def test_classifiers_and_pairs_of_images(
+    vits: Any, animals: Path, small_models: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """The other tasks: calibrated on a folder of images without captions; on a training split of pairs."""
+    images, claims = tmp_path / "images", tmp_path / "claims"
+    for folder in (images, claims):
+        folder.mkdir()
+        for file in photos.glob("*.png"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    for split, count in (("train", 8), ("dev", 4)):
+        pairs = [
+            {"images": ["0.png", f"{i}.png"], "sentence": "what color is it", "label": "True"} for i in range(count)
+        ]
+        (claims / f"nlvr_{split}.json").write_text(json.dumps(pairs))
+    options = {"finetune": "none", "export": "onnx", "bench_batches": [1], "threads": 1, "ratios": [0.5], "fuse": True}
+    with briefly():
+        whole = [
+            pipeline.compress(
+                str(vits("dinov2").folder), output=tmp_path / "classes", calibration=str(images),
+                data={"classification": str(animals)}, precision=["fp16", "int8-static"], **options,
+            ),
+            pipeline.compress(
+                str(small_models["pretraining"]), output=tmp_path / "pairs", method="omp", family="blip_nlvr",
+                data={"nlvr": str(claims)}, precision=["int8-static", "fp16", "int8-dynamic"], **options,
+            ),
+        ]  # fmt: skip
+    for report in whole:
+        for row in report["graphs"]:
+            assert row["cosine_min"] > 0.98 and row["max_abs_diff"] < 0.5
+        assert {row["precision"] for row in report["metrics"]} >= {"fp32", "fp16", "int8-static"}
+        assert all(row["fusions"]["MultiHeadAttention"] for row in report["graphs"] if row.get("fused"))
+
+
 def test_resuming_converts_nothing_twice_and_a_missing_form_is_named(finished: Path) -> None:
     def written() -> dict[str, int]:
         return {str(path): path.stat().st_mtime_ns for path in (finished / "stages" / "convert").rglob("*.json")}
