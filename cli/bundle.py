@@ -23,7 +23,8 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     rich_markup_mode=None,
-    help="Write one file with all that runs a task, or check one.\n\n\b\nExample:\n  vlprune bundle run --task vqa --output vqa.vlp.tar.zst",
+    help="Write one file with all that runs a task, or check one.\n\n"
+    "\b\nExample:\n  vlprune bundle run --task vqa --output vqa.vlp.tar.zst",
 )
 
 

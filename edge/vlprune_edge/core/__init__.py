@@ -1,0 +1,1 @@
+"""Files of vlprune that need no PyTorch, put here by the build: see CMakeLists.txt."""
