@@ -3,14 +3,13 @@
 from pathlib import Path
 
 from vlprune.errors import RequestError
-from vlprune.files import atomic_path, read_json
+from vlprune.files import atomic_path
 from vlprune.report.html import render_html
 from vlprune.report.manifest import MANIFEST, update_manifest
 from vlprune.report.markdown import render_markdown
-from vlprune.report.schema import validate_report
+from vlprune.report.read import REPORT, read_report
 
 
-REPORT = "report.json"
 SUFFIXES = (".html", ".md")
 
 
@@ -37,7 +36,7 @@ def write_report(source: Path | str, output: Path | str | None = None, samples: 
         raise RequestError(f"{target} is neither .html nor .md: choose another --output")
     if target.is_dir():
         raise RequestError(f"{target} is a folder: choose another --output")
-    report = validate_report(read_json(path), str(path))
+    report = read_report(path)
     markdown = target.suffix.lower() == ".md"
     text = render_markdown(report) if markdown else render_html(report, path.parent, samples)
     with atomic_path(target) as temporary:
