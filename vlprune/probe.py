@@ -132,11 +132,11 @@ def main(name: str) -> None:
         name: a key of `PROBES`.
     """
     try:
-        found = {"found": PROBES[name]()}
+        answer: dict[str, Any] = {"found": PROBES[name]()}
     except Exception as error:
         reason = getattr(error, "reason", error)  # of urllib's errors
-        found = {"error": " ".join(str(reason).split())[:300] or type(error).__name__}
-    print(json.dumps(found))
+        answer = {"error": " ".join(str(reason).split())[:300] or type(error).__name__}
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

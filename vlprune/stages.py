@@ -387,9 +387,9 @@ class Stages:
         same["flops"] = {task: sum(flops(model, task).values()) for task in model.tasks}
         more: dict[str, Any] = {}
         if self.recipe["permute"]:
-            found, made_for = self._permutation
-            permute.save(self._permutation_file, found, made_for)
-            more["permuted"] = {"before": found.before, "after": found.after}
+            order, made_for = self._permutation
+            permute.save(self._permutation_file, order, made_for)
+            more["permuted"] = {"before": order.before, "after": order.after}
         rows = [self.row(Variant("dense", None, False), sparsity=sparsity_summary(zeros, modality), **same)]
         del zeros
         variants = [Variant(self.variant_id(ratio), ratio, False) for ratio in self.recipe["ratios"]]

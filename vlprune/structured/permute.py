@@ -107,8 +107,8 @@ def load(path: Path, model: Model, made_for: Mapping[str, Any]) -> Permutation |
     with tensorfile.opened(path, KIND) as file:
         if file.header.get("made_for") != dict(made_for):
             return None
-        shares = [file.header.get(name) for name in ("before", "after")]
-        if not all(isinstance(share, float) for share in shares):
+        before, after = file.header.get("before"), file.header.get("after")
+        if not isinstance(before, float) or not isinstance(after, float):
             raise RequestError(f"{path}: its header lacks what the pattern keeps: remove the file and prune again")
         orders = {}
         for group in model.groups():
@@ -119,7 +119,7 @@ def load(path: Path, model: Model, made_for: Mapping[str, Any]) -> Permutation |
             width = group.shape[-1] if group.kind == "attention" else len(units)
             if not torch.equal(order.sort().values, units) or not torch.equal(order // width, units // width):
                 raise RequestError(f"{path}: {group.name} has no order of its units: remove the file and prune again")
-        return Permutation(orders, shares[0], shares[1])
+        return Permutation(orders, before, after)
 
 
 def _reorder(group: Group, order: Tensor) -> None:
