@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vlprune.errors import RequestError
-from vlprune.pruning import InputNorms, load_statistics, save_statistics
+from vlprune.pruning import InputNorms, load_statistics, save_statistics, statistics
 
 
 def test_norms_over_batches_of_any_size_with_padding():
@@ -265,3 +265,27 @@ def test_files_that_lie(tmp_path, header, tensors, message):
     with pytest.raises(RequestError, match=message) as error:
         load_statistics(tmp_path / "s.safetensors")
     assert "\n" not in str(error.value)
+
+
+def test_layers_that_read_one_input_share_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, other = (nn.Linear(4, 4, bias=False) for _ in range(3))
+    counted = []
+    sums = statistics._column_squares
+    monkeypatch.setattr(statistics, "_column_squares", lambda rows: counted.append(1) or sums(rows))
+    norms = InputNorms({"query": ([query], "text"), "key": ([key], "text"), "other": ([other], "text")})
+    x = torch.randn(2, 3, 4)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    with norms.collect():
+        query(x), key(x), key(x)
+        with norms.valid(text=mask):
+            query(x)  # another mask: other sums
+        x.mul_(2)
+        other(x)  # the same tensor, changed
+        with torch.inference_mode():
+            key(torch.ones(1, 1, 4))
+    assert len(counted) == 4
+    found, before = norms.result(), (x / 2).double()
+    whole, valid = (before**2).sum((0, 1)), (before**2 * mask[..., None]).sum((0, 1))
+    torch.testing.assert_close(found["query"], (whole + valid).sqrt().float())
+    torch.testing.assert_close(found["key"], (2 * whole + 1).sqrt().float())
+    torch.testing.assert_close(found["other"], (4 * whole).sqrt().float())
