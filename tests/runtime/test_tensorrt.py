@@ -6,7 +6,15 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from vlprune.runtime.tensorrt import SparseLayers, build_log, engine_folder, holds_half, options, sparse_layers
+from vlprune.runtime.tensorrt import (
+    SparseLayers,
+    build_log,
+    engine_folder,
+    holds_half,
+    options,
+    remember,
+    sparse_layers,
+)
 
 
 # Written for these tests in the form that NVIDIA documents.
@@ -74,6 +82,18 @@ def test_each_file_has_its_engines(
     beside = engine_folder(pruned)
     (pruned.parent / "a.onnx.data").write_bytes(b"others")
     assert engine_folder(pruned) != beside
+
+
+def test_what_a_log_told_stays_with_the_engine(tmp_path: Path) -> None:
+    small, large = {"x": (1, 3, 8, 8)}, {"x": (8, 3, 8, 8)}
+    assert remember(tmp_path, small, None) is None
+    told = SparseLayers(3, 1, ("fc1",))
+    assert remember(tmp_path, small, told) == told
+    assert remember(tmp_path, small, None) == told and remember(tmp_path, large, None) is None
+    (file,) = tmp_path.iterdir()
+    for broken in ("[", "[]", '{"eligible": "many"}'):
+        file.write_text(broken)
+        assert remember(tmp_path, small, None) is None
 
 
 def test_the_log_is_read_from_stderr_and_stderr_is_given_back(capfd: pytest.CaptureFixture[str]) -> None:

@@ -253,7 +253,7 @@ class Throughput(TypedDict):
         nodes: "dense" and "compressed" -> provider -> nodes of the graph that it ran; of a provider other than cpu.
         cuda_graph: all kernels were recorded once and started together.
         gpu: its state before and after the measurement.
-        sparse_layers: of the compressed side, where TensorRT built an engine for it just now.
+        sparse_layers: of the compressed side, where the provider is TensorRT.
     """
 
     variant: str

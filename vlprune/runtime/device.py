@@ -47,7 +47,7 @@ class Bound:
         run: runs it once, to the end, without any copy between host and device.
         whole: copies the inputs to the device, runs it, copies the outputs back.
         nodes: provider ("cpu", "cuda", "tensorrt") -> nodes that it ran.
-        sparse: what TensorRT's build log says of sparse layers; None for other providers, and engines from a cache.
+        sparse: what TensorRT's build log says of sparse layers; None for other providers.
     """
 
     graph: Any
@@ -84,7 +84,8 @@ def bind(
     path = Path(path)
     # TensorRT builds an engine for the shapes of the inputs, which the graph tells.
     arrays = feeds(session(path, "cpu", threads)) if provider == "tensorrt" else None
-    options = tensorrt.options(path, {n: a.shape for n, a in arrays.items()}) if arrays is not None else {}
+    given = {name: array.shape for name, array in (arrays or {}).items()}
+    options = tensorrt.options(path, given) if given else {}
     with tempfile.TemporaryDirectory() as folder, tensorrt.build_log(provider == "tensorrt") as log:
         graph = session(path, provider, threads, options, Path(folder))
         with refusals(f"{path} does not run"):
@@ -102,7 +103,8 @@ def bind(
             graph = session(path, provider, threads, {**options, _GRAPH_OPTION[provider]: "1"})
             fixed = Fixed(graph, arrays, provider, shapes)
             fixed.run()
-    return Bound(graph, fixed.run, fixed.whole, nodes, log.found)
+    sparse = tensorrt.remember(Path(options["trt_engine_cache_path"]), given, log.found) if given else None
+    return Bound(graph, fixed.run, fixed.whole, nodes, sparse)
 
 
 class Fixed:

@@ -11,13 +11,14 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnxruntime
 
-from ..files import disk_errors, sha256
+from ..errors import VlpruneError
+from ..files import disk_errors, read_json, sha256, write_json
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,27 @@ def engine_folder(path: Path) -> Path:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def remember(engines: Path, shapes: Mapping[str, Sequence[int]], found: SparseLayers | None) -> SparseLayers | None:
+    """Keep what a build log told beside the engine: an engine from the cache has no log.
+
+    Args:
+        engines: folder of a graph's engines.
+        shapes: of its inputs.
+        found: what the log told; None = no engine was built now.
+
+    Returns:
+        SparseLayers | None: this, or what was kept when the engine was built.
+    """
+    file = engines / f"sparse-{'-'.join('x'.join(map(str, shape)) for shape in shapes.values())}.json"
+    if found is not None:
+        write_json(file, {"eligible": found.eligible, "chosen": found.chosen, "names": list(found.names)})
+    elif file.is_file():
+        with suppress(VlpruneError, KeyError, TypeError, ValueError):  # a broken file tells nothing
+            kept = read_json(file)
+            found = SparseLayers(int(kept["eligible"]), int(kept["chosen"]), tuple(map(str, kept["names"])))
+    return found
 
 
 def holds_half(path: Path) -> bool:
