@@ -110,8 +110,8 @@ def test_the_driver_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert gpu_state() is None
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
-        '#!/bin/sh\ncase "$2" in *clocks_event_reasons*) exit 2;; esac\n'
-        '[ "$1" = --id=3 ] && echo "1980, 2619, 412.53, 61, 0x4"\n'
+        '#!/bin/sh\ncase "$3" in *clocks_event_reasons*) exit 2;; esac\n'
+        '[ "$1 $2" = "-i 3" ] && echo "1980, 2619, 412.53, 61, 0x4"\n'
     )
     tool.chmod(0o755)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")

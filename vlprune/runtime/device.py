@@ -211,7 +211,7 @@ def gpu_state() -> dict[str, Any] | None:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # the name until driver 535
         query = f"--query-gpu={','.join([*_FIGURES, reasons])}"
-        command = ["nvidia-smi", f"--id={chosen}", query, "--format=csv,noheader,nounits"]
+        command = ["nvidia-smi", "-i", chosen, query, "--format=csv,noheader,nounits"]
         try:
             answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.SubprocessError):
