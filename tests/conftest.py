@@ -346,3 +346,33 @@ def duals(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     make.write = write_dual  # type: ignore[attr-defined]
     return make
+
+
+# --- runs to make bundles of --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def bundle_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(model, task, options of `bundle_runs.write_run`) -> run; each is made once and not to be changed."""
+    from bundle_runs import write_run
+
+    made: dict[str, Any] = {}
+
+    def make(model: str, task: str, **options: Any) -> Any:
+        key = repr((model, task, sorted(options.items())))
+        if key not in made:
+            made[key] = write_run(tmp_path_factory.mktemp("run"), model, task, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_bundle(bundle_run: Any, small_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed bundle of a very small model for retrieval; not to be changed."""
+    from vlprune.bundle.make import make_bundle
+
+    run = bundle_run(str(small_models["pretraining"]), "retrieval", pack="fp16")
+    path = tmp_path_factory.mktemp("bundle") / "small.vlp.tar.zst"
+    make_bundle(run.folder, "retrieval", path)
+    return path

@@ -49,7 +49,6 @@ def header(name: str, size: int) -> bytes:
         (148, b" " * 8),  # the checksum is summed with spaces in its place
         (156, b"0"),  # a plain file
         (257, b"ustar\00000"),
-        (329, b"0000000\0" * 2),
     ):
         fields[at : at + len(value)] = value
     fields[148:156] = b"%06o\0 " % sum(fields)

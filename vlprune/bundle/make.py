@@ -86,6 +86,8 @@ def make_bundle(
     """
     source = _Source.find(Path(run), task, variant, precision, packed)
     check("embeddings", embeddings, ("fp32", "fp16"))
+    if sign is not None:
+        signing.sign(b"", Path(sign))  # a key that cannot sign is found now
     weights = _Weights(embeddings == "fp16")
     image, line, origin = _example(task, example, text)
     output = Path(output)
