@@ -12,7 +12,7 @@ from vlprune.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 OF_OTHERS = {  # of pip, nvidia-smi and docker
-    "--force-reinstall", "--format", "--gpus", "--no-cache-dir", "--no-deps", "--query-gpu",
+    "--force-reinstall", "--format", "--gpus", "--id", "--no-cache-dir", "--no-deps", "--query-gpu",
 }  # fmt: skip
 
 
