@@ -782,7 +782,8 @@ class Stages:
 
     def _samples(self, task: str, scored: list[dict[str, Any]]) -> dict[str, Any]:
         data = self.data(task, "test")
-        alike = {"dataset": data.name, "n": data.samples, "skipped": data.skipped}  # else places in the data mean other samples
+        # With other data, or other numbers of them, places mean other samples.
+        alike = {"dataset": data.name, "n": data.samples, "skipped": data.skipped}
         found = [(row["metrics"][0], row["outputs"]) for row in scored]
         found = [(row, outputs) for row, outputs in found if {"skipped": 0, **row}.items() >= alike.items()]
         rows, shown = choose_samples(task, data, found)
