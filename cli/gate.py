@@ -70,7 +70,10 @@ def gate(
         from vlprune.report.terminal import console, table
 
         screen = console()
-        screen.print(table("", results.rows(checks), text_columns=7))
+        for variant in dict.fromkeys(check.variant for check in checks):
+            rows = results.rows([check for check in checks if check.variant == variant])
+            shown = [{key: cell for key, cell in row.items() if key != "variant"} for row in rows]
+            screen.print(table(variant, shown, text_columns=6))
         if passed:
             screen.print(verdict, markup=False)
 

@@ -165,7 +165,7 @@ def tables(compared: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
     for section, (title, value, change) in printers.items():
         rows = []
         for row in compared[section]:
-            if row.get("metric", "") not in HEADLINES.get(row.get("task", ""), (row.get("metric", ""),)):
+            if "metric" in row and row["metric"] not in HEADLINES.get(row["task"], (row["metric"],)):
                 continue
             cells = {name: row[name] for name in row if name not in (*"ab", "a_ci95", "b_ci95", "difference", "says")}
             for side in "ab":
