@@ -19,22 +19,28 @@ VARIANT = "omp-0.9"
 
 
 def write_run(
-    folder: Path, model: str, task: str, *, data: str = "scenes", pack: str | None = None, options: Any = None
+    folder: Path,
+    model: str,
+    task: str,
+    *,
+    family: str | None = None,
+    data: str = "scenes",
+    pack: str | None = None,
+    ratio: float = 0.9,
 ) -> SimpleNamespace:
     """Prune a model by magnitude, export one task, note it in a report.
 
     Returns its folder, the pruned model, the spec, and the test data.
     """
-    loaded = models.load(model)
-    loaded = loaded.for_task(task) if task in ("nlvr",) else loaded
+    loaded = models.load(model, family=family)
     samples = open_data(task, data, "test", limit=6 if data == "scenes" else None)
-    options = dict(loaded.options.get(task, {})) | (options or {})
+    options = dict(loaded.options.get(task, {}))
     if task == "vqa":
         options["answers"] = samples.answer_list
     if task == "zero-shot":
         options |= {"classes": samples.classes, "templates": samples.templates}
     layers = loaded.layers()
-    apply_masks(layers, prune_layers(layers, method="omp", ratio=0.9).masks, {})
+    apply_masks(layers, prune_layers(layers, method="omp", ratio=ratio).masks, {})
     spec = exporters.task_spec(loaded, task, **options)
     plain = folder / "onnx" / VARIANT / task
     plain.mkdir(parents=True)
