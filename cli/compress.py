@@ -1,5 +1,7 @@
 """`vlprune compress`: everything, from a checkpoint to ONNX files and a report."""
 
+from typing import Any
+
 import typer
 
 from vlprune.cli import options as o
@@ -66,7 +68,7 @@ def compress(
       vlprune compress blip --ratio 0.63,0.75,0.9 --calibration cc3m.json --data retrieval=train.json,test.json -o run
       vlprune compress --recipe run/recipe.yaml --output again
     """
-    options = {
+    options: dict[str, Any] = {
         "ratios": list(ratio),
         "method": method,
         "pattern": pattern,

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,15 @@ def test_a_wrong_key_is_found_without_torch(tmp_path: Path) -> None:
     code = "import sys; from vlprune.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "recipe", "validate", str(path)], capture_output=True, text=True)
     assert done.returncode == 0 and "did you mean seed" in done.stderr
+
+
+def test_the_document(tmp_path: Path) -> None:
+    document = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"<!-- tests/test_recipe.py reads this block -->\n```yaml\n(.*?)```", document, re.DOTALL)
+    assert _resolve(recipe.read(_write(tmp_path, example)))["finetune"]["lr"] == 3e-4
+    keys = document.partition("## Keys")[2].partition("## Together")[0]
+    assert recipe.RECIPE.keys() <= set(re.findall("`([a-z_]+)`", keys))
+    assert {key for rules in recipe.MAPPINGS.values() for key in rules} <= set(re.findall("`([a-z_]+)`", keys))
 
 
 # --- with the command line --------------------------------------------------------------------------------------------

@@ -22,8 +22,11 @@ def verdict(checks: Sequence[Check]) -> str:
     broken = [check for check in checks if not check.passed]
     if not broken:
         return f"gate passed: {_count(checks)}"
-    told = "; ".join(map(str, broken[:3])) + (f"; and {len(broken) - 3} more" if len(broken) > 3 else "")
-    return f"gate failed, {len(broken)} of {_count(checks)}: {told}"
+    told = []
+    for limit in dict.fromkeys(check.limit for check in broken):  # an example of each: the line may be cut short
+        same = [check for check in broken if check.limit == limit]
+        told.append(str(same[0]) + (f" (and {len(same) - 1} more)" if len(same) > 1 else ""))
+    return f"gate failed, {len(broken)} of {_count(checks)}: {'; '.join(told)}"
 
 
 def _count(checks: Sequence[Check]) -> str:

@@ -122,7 +122,7 @@ def _variants(report: Report, limits: Limits) -> list[Variant]:
 def _apply(limit: str, value: Any, variant: str, items: list[_Item]) -> list[Check]:
     """Judge every item by all values that name it; what is named and not there is missing."""
     used: set[tuple[str, ...]] = set()
-    checks = []
+    checks: list[Check] = []
     for item in items:
         for path, bound in _bounds(value, item.names):
             if not item.needs or item.needs in path:
