@@ -275,11 +275,12 @@ def speed_section(part: dict[str, Any], provider: str) -> str:
                 f"{row['compressed']['p50_ms']:.1f}",
                 f"{1 / row['ratio']:.3f} [{low:.3f}, {high:.3f}]",
                 verdict,
+                "reached" if max(1 / row["ratio"], row["file_ratio"]) <= TARGET else "**missed**",
             ]
         )
     columns = [
         "model", "method", "precision", "removed", "parameters", "GFLOPs", "file x", "all files x", "dense ms", "ms",
-        "time x", "verdict",
+        "time x", "verdict", f"<= {TARGET}",
     ]  # fmt: skip
     batch = part["rows"][0]["batch"]
     about = (
@@ -287,7 +288,9 @@ def speed_section(part: dict[str, Any], provider: str) -> str:
         "prunable weights; parameters: all that are left, word embeddings included; GFLOPs, file, ms: of the image "
         f"encoder (ONNX Runtime, batch {batch}), a multiply-add being two; all files: of the task retrieval, fp32. `x` "
         "is the share of the dense graph's at the same precision, of times with its 95 % bootstrap interval; "
-        "int8-dynamic is both sides quantised by ONNX Runtime."
+        "int8-dynamic is both sides quantised by ONNX Runtime, which leaves the products inside attentions in fp32: a "
+        "cut that keeps heads and takes neurons gains less there. The target is for time and file. A timing is `disturbed` "
+        "where other processes took cores in so many rounds that it gets no verdict."
     )
     made = f"Made by `{part['command']}` on {hardware(part['environment'])}."
     return f"## Size and time, {provider}\n\n{made}\n\n{about}\n\n{table(columns, body, 3)}"
