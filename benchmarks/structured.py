@@ -289,8 +289,8 @@ def speed_section(part: dict[str, Any], provider: str) -> str:
         f"encoder (ONNX Runtime, batch {batch}), a multiply-add being two; all files: of the task retrieval, fp32. `x` "
         "is the share of the dense graph's at the same precision, of times with its 95 % bootstrap interval; "
         "int8-dynamic is both sides quantised by ONNX Runtime, which leaves the products inside attentions in fp32: a "
-        "cut that keeps heads and takes neurons gains less there. The target is for time and file. A timing is `disturbed` "
-        "where other processes took cores in so many rounds that it gets no verdict."
+        "cut that keeps heads and takes neurons gains less there. The target is for time and file. A timing is "
+        "`disturbed` where other processes took cores in so many rounds that it gets no verdict."
     )
     made = f"Made by `{part['command']}` on {hardware(part['environment'])}."
     return f"## Size and time, {provider}\n\n{made}\n\n{about}\n\n{table(columns, body, 3)}"
