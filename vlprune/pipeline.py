@@ -125,7 +125,8 @@ def compress(
     Returns:
         dict[str, Any]: report.json; the recipe with all its defaults where nothing was run.
     """
-    problems, recipe = Problems(), {}
+    problems = Problems()
+    recipe: dict[str, Any] = {}
     with problems:
         recipe |= _recipe(
             model, ratios, method, pattern, family, calibration, calibration_samples, data, tasks, image_size, device,
