@@ -123,6 +123,19 @@ def test_a_missing_score_is_a_failure(ready: dict[str, Any], spoil: Callable[[An
     assert "missing" in _statuses(_judge(ready, max_metric_drop=limit))
 
 
+@pytest.mark.parametrize("limit", [Drop(100), {"cpu": Drop(100)}, {"vqa": Drop(100), "default": Drop(100)}])
+def test_a_task_that_was_lost_is_missed(report: dict[str, Any], limit: Any) -> None:
+    checks = _judge(report, max_metric_drop=limit)  # captioning was scored for the dense model alone
+    missing = {check.subject for check in checks if not check.passed}
+    assert missing == {"captioning / bleu_4", "captioning / cider"}
+
+
+def test_of_two_references_the_better_counts(ready: dict[str, Any]) -> None:
+    ready["metrics"].insert(0, _row(ready, "dense") | {"values": {"accuracy": 0.5}, "ci95": {}})
+    checks = _judge(ready, max_metric_drop=Drop(2), against=["dense"])
+    assert _statuses(checks) == ["fail", "fail"]
+
+
 def test_scores_on_other_data_prove_nothing(ready: dict[str, Any]) -> None:
     _row(ready, TUNED)["n"] = 20
     checks = _judge(ready, max_metric_drop=Drop(100), against=["dense"])
@@ -184,6 +197,16 @@ def test_speed_by_provider_and_graph(ready: dict[str, Any]) -> None:
     checks = _judge(ready, min_throughput_ratio=limit)
     assert _statuses(checks) == ["pass", "missing"]
     assert "the report lacks cuda.image_encoder" in checks[1].found
+
+
+def test_a_graph_is_timed_on_each_provider_that_timed_another(ready: dict[str, Any]) -> None:
+    ready["graphs"].append(ready["graphs"][0] | {"graph": "answer_decoder"})
+    ready["throughput"] += [
+        ready["throughput"][0] | {"provider": "cuda"},
+        ready["throughput"][0] | {"graph": "answer_decoder"},
+    ]
+    checks = _judge(ready, min_throughput_ratio=0.5)
+    assert [(check.subject, check.place) for check in checks if not check.passed] == [("vqa / answer_decoder", "cuda")]
 
 
 def test_packed_graphs_on_the_cpu_and_plain_ones_elsewhere(ready: dict[str, Any]) -> None:
