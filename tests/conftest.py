@@ -348,7 +348,7 @@ def duals(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-# --- runs to make bundles of --------------------------------------------------------------------------------------------
+# --- runs to make bundles of -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -374,5 +374,7 @@ def small_bundle(bundle_run: Any, small_models: dict[str, Path], tmp_path_factor
 
     run = bundle_run(str(small_models["pretraining"]), "retrieval", pack="fp16")
     path = tmp_path_factory.mktemp("bundle") / "small.vlp.tar.zst"
-    make_bundle(run.folder, "retrieval", path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlprune.bundle.make.SMALLEST", 64)  # so that it has tensors of every kind
+        make_bundle(run.folder, "retrieval", path)
     return path

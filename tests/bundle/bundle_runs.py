@@ -5,6 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from vlprune import exporters, models
 from vlprune.data import open_data
 from vlprune.exporters.packed_files import pack_task
@@ -50,7 +52,9 @@ def write_run(
     if pack is not None:
         packed = plain / "packed"
         packed.mkdir()
-        rows = pack_task(loaded, plain, packed, samples, values=pack, target="portable", threshold=0.3, threads=1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vlprune.exporters.pack.SMALLEST", 256)  # layers of the small models are packed, too
+            rows = pack_task(loaded, plain, packed, samples, values=pack, target="portable", threshold=0.3, threads=1)
         graphs += [_graph_row({"nonzero_fraction": 0.1, **row}, task, True) for row in rows]
     write_json(folder / "report.json", _report(loaded, model, task, graphs))
     (folder / "recipe.yaml").write_text(f"model: {model}\nmethod: omp\nratios: [0.9]\nseed: 0\n")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from vlprune.bundle.make import make_bundle
 from vlprune.bundle.runner import open_bundle
 from vlprune.bundle.unpack import read_manifest, unpack
 from vlprune.bundle.verify import verify
-from vlprune.errors import RequestError
+from vlprune.errors import MachineError, RequestError
 from vlprune.files import sha256
 from vlprune.inspect import inspect
 
@@ -44,6 +45,11 @@ def keys(tmp_path_factory):
         (folder / f"{name}.pem").write_bytes(private)
         (folder / f"{name}.pub").write_bytes(public)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def small_tensors(monkeypatch):
+    monkeypatch.setattr("vlprune.bundle.make.SMALLEST", 64)  # as in `small_bundle`
 
 
 def test_the_same_run_gives_the_same_bytes(run, small_bundle, tmp_path):
@@ -80,7 +86,7 @@ def test_graphs_hold_the_weights_of_the_run(run, unpacked):
         for a, b in zip(theirs.graph.initializer, ours.graph.initializer, strict=True):
             assert a.name == b.name
             np.testing.assert_array_equal(onnx.numpy_helper.to_array(a), onnx.numpy_helper.to_array(b))
-            seen += onnx.numpy_helper.to_array(a).nbytes >= 1024
+            seen += onnx.numpy_helper.to_array(a).nbytes >= 64
         assert [node.op_type for node in theirs.graph.node] == [node.op_type for node in ours.graph.node]
     assert seen > len(manifest["weights"]["tensors"])  # some are shared
 
@@ -178,6 +184,12 @@ def test_signatures(run, keys, tmp_path, small_bundle):
     with pytest.raises(RequestError, match="no private key in PEM"):
         make_bundle(run.folder, "retrieval", tmp_path / "x.vlp.tar.zst", sign=keys / "mine.pub")
     assert not (tmp_path / "x.vlp.tar.zst").exists()
+
+
+def test_signatures_need_a_package(run, keys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.asymmetric", None)
+    with pytest.raises(MachineError, match=r"pip install 'vlprune\[sign\]'"):
+        make_bundle(run.folder, "retrieval", tmp_path / "x.vlp.tar.zst", sign=keys / "mine.pem")
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_the_command(edge, cases, scenes, answers, tmp_path):
         (["caption", "nothing.jpg", "--bundle", "CAPTIONS"], 2, "there is no file or folder nothing.jpg"),
         (["caption", "CAPTIONS", "--bundle", "CAPTIONS"], 2, "broken image"),
         (["caption", "PHOTO", "--bundle", "PHOTO"], 2, "is no intact bundle"),
-        (["caption", "PHOTO", "--bundle", "CAPTIONS", "--public-key", "PHOTO"], 3, "vlprune-edge[sign]"),
+        (["caption", "PHOTO", "--bundle", "CAPTIONS", "--public-key", "PHOTO"], 2, "is not signed"),
         (["classify", "PHOTO", "--bundle", "CLASSES", "--classes", "a,b"], 2, "knows its own classes only"),
     ],
 )
