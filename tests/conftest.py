@@ -348,7 +348,7 @@ def duals(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-# --- runs to make bundles of -------------------------------------------------------------------------------------------
+# --- runs to make bundles of ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
