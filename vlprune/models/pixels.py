@@ -203,7 +203,7 @@ def _three(config: dict[str, Any], path: Path, key: str, default: tuple[float, .
     if not (
         isinstance(values, list | tuple)
         and len(values) == 3
-        and all(isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v) for v in values)
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30 for v in values)
     ):
         raise RequestError(f"{path}: {key} must be three numbers")
     return tuple(float(v) for v in values)

@@ -276,7 +276,7 @@ def read_preprocessor(folder: Path) -> dict[str, Any]:
         if not (
             isinstance(values, list | tuple)
             and len(values) == 3
-            and all(isinstance(v, int | float) and np.isfinite(v) for v in values)
+            and all(isinstance(v, int | float) and abs(v) < 1e30 for v in values)
         ):
             raise RequestError(f"{path}: {name} must be three numbers")
     if min(std) <= 0:
