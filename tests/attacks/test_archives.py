@@ -35,9 +35,9 @@ MEMBERS = {
     "'graphs/../../evil' stands where": info("graphs/../../evil"),
     "'TASK.JSON' stands where": info("TASK.JSON"),
     "'libevil.so' stands where": info("libevil.so"),
-    "the header of 'README.md' is not": info("README.md", uid=1000),
-    "the header of 'README.md' is not ": info("README.md", mtime=1),
-    "the header of 'README.md' is not  ": info("README.md", size=7),
+    "the header of 'README.md' is not what": info("README.md", uid=1000),
+    "the header of 'README.md' is not what ": info("README.md", mtime=1),
+    "the header of 'README.md' is not what  ": info("README.md", size=7),
     "an extended header": info("x" * 200),
     "an extended header ": info("README.md", pax_headers={"path": "../evil"}),
 }

@@ -205,7 +205,7 @@ class Reader:
         if name != wanted:
             hint = f" (its manifest tells of no {SIGNATURE})" if name == SIGNATURE else ""
             return self.refusal(f"{name!r} stands {place}{hint}")
-        return self.refusal(f"the header of {name!r} is not the one its manifest tells")
+        return self.refusal(f"the header of {name!r} is not what it should be")
 
 
 @contextmanager
