@@ -50,7 +50,7 @@ def test_all_stages_ran(finished: Path) -> None:
     report = read(finished)
     assert report["model"]["family"] == "vit"
     kinds = [stage["name"].split("/")[0] for stage in report["stages"]]
-    assert set(kinds) == {"statistics", "prune", "finetune", "score", "export", "validate", "bench"}
+    assert set(kinds) == {"statistics", "prune", "finetune", "score", "export", "validate", "samples", "bench"}
     scored = {(row["variant"], row["runtime"]) for row in report["metrics"]}
     assert scored == {(v, "pytorch") for v in ("dense", "multiflow-0.5", *TUNED)} | {(v, "onnxruntime") for v in TUNED}
     assert all(row["values"].keys() == {"top1"} and row["n"] == 10 for row in report["metrics"])

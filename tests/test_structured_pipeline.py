@@ -167,8 +167,10 @@ def test_resuming_runs_nothing_again(
     shutil.rmtree(run / "checkpoints" / name / "vqa")
     compress(small_models["pretraining"], run, photos, *TUNED, **options)
     again = {stage for stage, stamp in stamps(run).items() if stamp != stamps(finished)[stage]}
-    assert again == {f"stages/{kind}/{name}/vqa.json" for kind in ("finetune", "score", "export")} | {
-        f"stages/{kind}/{name}/vqa/cpu.json" for kind in ("validate", "bench")
+    assert again == {
+        *(f"stages/{kind}/{name}/vqa.json" for kind in ("finetune", "score", "export")),
+        *(f"stages/{kind}/{name}/vqa/cpu.json" for kind in ("validate", "bench")),
+        "stages/samples/vqa.json",
     }
     same = load_file(run / "checkpoints" / name / "vqa" / "model.safetensors")
     other = load_file(finished / "checkpoints" / name / "vqa" / "model.safetensors")

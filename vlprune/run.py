@@ -259,13 +259,13 @@ class Run:
         report["stages"] = [record["stage"] for record in records]
         report["environment"] = environment(threads)
         checked = validate_report(report)
-        write_json(self.folder / "report.json", checked)
         for name, text in {
             "report.md": render_markdown(checked),
             "report.html": render_html(checked, self.folder),
         }.items():
             with atomic_path(self.folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
+        write_json(self.folder / "report.json", checked)  # after its pages: where it is, they are
         write_manifest(self.folder, self.recipe["seed"])
         return report
 
