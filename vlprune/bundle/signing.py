@@ -60,7 +60,7 @@ def check(text: bytes, signature: bytes, key: Path) -> None:
         raise RequestError(f"the signature of the bundle is not by {key}: do not use the bundle") from error
 
 
-def _kinds() -> tuple[type, type]:
+def _kinds() -> tuple[Any, Any]:
     try:
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError as error:
