@@ -314,8 +314,8 @@ def accuracy_section(part: dict[str, Any]) -> str:
         "Scores times 100; one row per method and ratio, `pruned` before and `tuned` after fine-tuning, which takes "
         "the same steps for every method. Scores over several seeds are means, with their range. UPop trains before "
         "that, while it searches, for as many steps again. MoPE ranks by what retrieval among 100 calibration pairs "
-        "loses, whatever the task, so a decoder's units count only through what it shares; it is fine-tuned for "
-        "retrieval with its distillation losses. Widths are multiples of 8.",
+        "loses (by embeddings, by BLIP's matching head, by the decoder's likelihood of the true caption), whatever the "
+        "task, and is fine-tuned for retrieval with its distillation losses. Widths are multiples of 8.",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         about = CASES[model].about
