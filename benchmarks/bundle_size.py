@@ -43,15 +43,15 @@ def measure(model: str, folder: Path) -> list[dict[str, Any]]:
         list[dict[str, Any]]: per form its `bytes`, `dense_bytes`, their `ratio`, the `wanted` ratio, the largest
             `difference` from the plain graphs on the stored input.
     """
-    run = folder / "run"
+    run, data = folder / "run", {TASK: "scenes"}
     pipeline.prune(model, output=run, ratios=[RATIO], method="omp", device="cpu")
     rows, exported = [], None
     for form, (values, options, wanted) in FORMS.items():
         if values is not None and values != exported:
-            pipeline.export(run, tasks=[TASK], pack="sparse", values=values, resume=exported is not None)
+            pipeline.export(run, data=data, tasks=[TASK], pack="sparse", values=values, resume=exported is not None)
             exported = values
         elif exported is None:
-            pipeline.export(run, tasks=[TASK])
+            pipeline.export(run, data=data, tasks=[TASK])
             exported = "none"
         made = make_bundle(run, TASK, folder / "bundle.vlp.tar.zst", **options)
         difference = max(made["differences"].values())

@@ -44,6 +44,7 @@ KEYS = {
     "tolerance = 1000000.0": {"tolerance": 1e6},
     "tolerance = 0 ": {"tolerance": 0},
     "tolerance = '1'": {"tolerance": "1"},
+    "a row of metrics has the values {": {"metrics": [{"values": {"accuracy": 10**400}}]},
     "metrics is no list": {"metrics": {}},
     "a row of metrics has the values": {"metrics": [{"values": {"accuracy": "high"}}]},
     "a row of metrics has the values None": {"metrics": [{}]},
@@ -472,7 +473,7 @@ def test_images_that_are_bombs_or_none(parts, refusal):
     "expected",
     [
         {}, [], {"image_embeds": [1]}, {"image_embeds": "x"}, {"image_embeds": [[1]]}, {"image_embeds": [None]},
-        {"image_embeds": {}}, '{"image_embeds": [NaN]}', '{"image_embeds": [1e999]}',
+        {"image_embeds": {}}, {"image_embeds": [10**400]}, '{"image_embeds": [NaN]}', '{"image_embeds": [1e999]}',
     ],
 )  # fmt: skip
 def test_outputs_that_make_no_sense(parts, refusal, expected):

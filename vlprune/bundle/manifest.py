@@ -24,6 +24,7 @@ from .tensors import CODINGS, DTYPES, TensorEntry, aligned, stored_values
 FORMAT, SCHEMA_VERSION = "vlprune-bundle", 1
 MAX_TOLERANCE = 0.01
 _HASH = re.compile(r"[0-9a-f]{64}")
+_BEYOND = 1e300  # no score is as large; an integer may be, and then is no float
 
 
 class FileEntry(TypedDict):
@@ -322,7 +323,7 @@ def _is_hash(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _BEYOND
 
 
 def _short(value: Any) -> str:
