@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
+import venv
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,6 +23,19 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel of vlprune-edge and what it asks for; its bin folder."""
+    folder = tmp_path_factory.mktemp("edge")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(folder), str(ROOT / "edge")], check=True)
+    (wheel,) = folder.glob("vlprune_edge-*.whl")
+    venv.create(folder / "venv", with_pip=False)
+    python = folder / "venv/bin/python"
+    subprocess.run([*pip, "--python", str(python), "install", str(wheel)], check=True)
+    return python.parent
 
 
 @pytest.fixture(scope="session")

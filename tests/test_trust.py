@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from vlprune import stages
+import vlprune
+from vlprune import exporters, stages
 from vlprune.cli.main import main
+from vlprune.data import open_data
+from vlprune.data.images import load_image
 from vlprune.report.manifest import verify_manifest
+from vlprune.runtime import predict
 
 
 RECIPE = """
@@ -37,6 +42,7 @@ max_bytes: 20 MB
 required_providers: cpu
 """
 TUNED = "multiflow-0.3-finetuned"
+INPUTS = 100
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +97,9 @@ def test_options_win_over_the_recipe(run: Path, tmp_path: Path) -> None:
     assert (written["seed"], written["calibration_samples"], written["samples"]) == (3, 16, 30)
 
 
-def test_a_model_that_got_worse_is_stopped(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_got_worse_is_stopped_and_the_good_one_ships(
+    run: Path, edge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "gate.yaml").write_text(LIMITS)
     shutil.copy(run / "report.json", tmp_path / "baseline.json")
     worse = tmp_path / "worse"
@@ -124,3 +132,26 @@ def test_a_model_that_got_worse_is_stopped(run: Path, tmp_path: Path, capsys: py
         assert broken and {check["limit"] for check in broken} == {"max_metric_drop"}
         failures = ElementTree.parse(tmp_path / "gate.xml").iter("failure")
         assert [failure.get("type") for failure in failures] == [check["status"] for check in broken]
+
+    bundle = tmp_path / "good.vlp.tar.zst"
+    assert main(["bundle", str(run), "--task", "vqa", "--output", str(bundle), "--json"]) == 0
+    assert main(["bundle", "verify", str(bundle), "--json"]) == 0
+    data = open_data("vqa", "scenes", "test", limit=INPUTS)
+    images = [str(tmp_path / f"{i:03}.png") for i in range(INPUTS)]
+    for path, question in zip(images, data.questions, strict=True):
+        data.images[question.image].save(path)
+    questions = [question.question for question in data.questions]
+    case = {"task": "vqa", "bundle": str(bundle), "images": images, "texts": questions}
+    (tmp_path / "job.json").write_text(json.dumps({"good": case}))
+    script = Path(__file__).parent / "edge" / "edge_answers.py"
+    command = [edge / "python", "-I", script, tmp_path / "job.json", tmp_path / "answers.json"]
+    subprocess.run(list(map(str, command)), check=True, cwd=tmp_path)
+    found = json.loads((tmp_path / "answers.json").read_text())
+    assert not {"torch", "transformers", "onnx", "vlprune"} & set(found["loaded"])
+
+    model = vlprune.load(str(run / "checkpoints" / TUNED / "vqa"))
+    graphs = exporters.torch_graphs(model, "vqa")
+    spec = json.loads((run / "onnx" / TUNED / "vqa" / "task.json").read_text())
+    states = graphs["image_encoder"]({"pixel_values": model.processor.images(list(map(load_image, images)))})
+    expected = predict.answers(graphs, spec, model.processor, states["image_states"], questions)
+    assert found["answers"]["good"]["answers"] == expected and len(set(expected)) > 3

@@ -2,8 +2,6 @@
 
 import json
 import subprocess
-import sys
-import venv
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +15,8 @@ from vlprune.data.images import load_image
 from vlprune.runtime import predict
 
 
-ROOT = Path(__file__).parents[2]
 INPUTS = 100
 LATER = 20  # of the tasks that are not BLIP's
-
-
-@pytest.fixture(scope="module")
-def edge(tmp_path_factory) -> Path:
-    """A virtual environment with the wheel and what it asks for; its bin folder."""
-    folder = tmp_path_factory.mktemp("edge")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(folder), str(ROOT / "edge")], check=True)
-    (wheel,) = folder.glob("vlprune_edge-*.whl")
-    venv.create(folder / "venv", with_pip=False)
-    python = folder / "venv/bin/python"
-    subprocess.run([*pip, "--python", str(python), "install", str(wheel)], check=True)
-    return python.parent
 
 
 @pytest.fixture(scope="module")
