@@ -42,7 +42,8 @@ from vlprune.models.pixels import read_pixels
 HANG = 10  # seconds
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**32 - 1, 2**63, 2**64, -(2**63), 2**200, 10**400, 0.5, -0.0, 1e308, 1e-320,
-    "", "a", "../evil", "/etc/passwd", "\0", "\u202e", "a" * 5000, [], {}, [[]], [0], {"a": 0}, "float32", "NaN", "0" * 64,
+    "", "a", "../evil", "/etc/passwd", "\0", "\u202e", "a" * 5000, [], {}, [[]], [0], {"a": 0},
+    "float32", "NaN", "0" * 64,
 ]  # fmt: skip
 
 
