@@ -253,7 +253,16 @@ def _info(given: Any) -> None:
 
     manifest, identity = read_manifest(given.file, given.public_key)
     left_out = ("files", "weights", "format", "schema_version")
-    _show({"bundle": identity, **{key: value for key, value in manifest.items() if key not in left_out}}, given.json)
+    told: dict[str, Any] = {key: value for key, value in manifest.items() if key not in left_out}
+    if not given.json:
+        told["metrics"] = [_score(row) for row in manifest["metrics"]]
+    _show({"bundle": identity, "bytes": given.file.stat().st_size, **told}, given.json)
+
+
+def _score(row: dict[str, Any]) -> str:
+    where = [str(row.get(key)) for key in ("variant", "runtime", "precision", "dataset")]
+    values = ", ".join(f"{name} {value:.4g}" for name, value in row["values"].items())
+    return f"{', '.join(where)}, n = {row.get('n')}: {values}"
 
 
 def _verify(given: Any) -> None:
