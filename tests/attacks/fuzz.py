@@ -87,7 +87,7 @@ def change_json(value: Any, rng: random.Random) -> Any:
             continue
         way = rng.randrange(4)
         if way == 0 or not isinstance(found, int):
-            place[key] = rng.choice(ODD)
+            place[key] = copy.deepcopy(rng.choice(ODD))  # later changes may be inside it
         elif way == 1:
             place[key] = found + rng.choice((-1, 1, 64, -64, 2**20))
         elif way == 2:
