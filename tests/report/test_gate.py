@@ -165,6 +165,24 @@ def test_sizes_and_differences(ready: dict[str, Any]) -> None:
     assert set(_statuses(_judge(ready, max_abs_diff={"packed": 1e-2, "plain": 1e-5}))) == {"pass"}
 
 
+def test_sizes_are_of_all_graphs_of_a_task(ready: dict[str, Any]) -> None:
+    ready["graphs"].append(ready["graphs"][0] | {"graph": "answer_decoder", "bytes": 800_000})
+    (check,) = _judge(ready, max_bytes=5_000_000)
+    assert (check.passed, check.subject, check.value) == (True, "vqa / all graphs", 5_000_000)
+    assert check.found == "5,000,000 bytes in 2 graphs"
+    for limit in (4_999_999, {"vqa": 4_999_999}, {"plain": 4_999_999}, {"image_encoder": 10**9, "default": 4_999_999}):
+        assert "fail" in _statuses(_judge(ready, max_bytes=limit))
+    checks = _judge(ready, max_bytes={"vqa": {"answer_decoder": 799_999}, "image_encoder": 4_200_000})
+    assert [(check.subject, check.status) for check in checks] == [
+        ("vqa / image_encoder", "pass"), ("vqa / answer_decoder", "fail"),
+    ]  # fmt: skip
+    packed = [row | {"packed": True, "weights": "fp32", "bytes": row["bytes"] // 5} for row in ready["graphs"]]
+    ready["graphs"] += packed
+    assert [check.value for check in _judge(ready, max_bytes=10**9)] == [1_000_000]  # forms are not added up
+    ready["graphs"].pop()
+    assert sorted(_statuses(_judge(ready, max_bytes=10**9))) == ["missing", "pass"]  # a part is no total
+
+
 @pytest.mark.parametrize("limit", ["max_bytes", "max_abs_diff", "min_throughput_ratio"])
 @pytest.mark.parametrize("nested", [lambda v: v, lambda v: {"vqa": v}, lambda v: {"cpu": v}, lambda v: {"default": v}])
 def test_a_graph_that_the_dense_model_has_must_be_there(ready: dict[str, Any], limit: str, nested: Any) -> None:
@@ -246,7 +264,7 @@ def test_a_name_that_fits_nothing_fails_with_the_nearest(ready: dict[str, Any]) 
 
 
 def test_default_stands_for_the_rest_only(ready: dict[str, Any]) -> None:
-    assert _statuses(_judge(ready, max_bytes={"image_encoder": 10**9, "default": 1})) == ["pass"]
+    assert _statuses(_judge(ready, max_abs_diff={"image_encoder": 1.0, "default": 0.0})) == ["pass"]
     assert _statuses(_judge(ready, max_bytes={"vqa": {"itm": 1, "default": 10**9}})) == ["pass", "missing"]
 
 

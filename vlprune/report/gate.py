@@ -316,17 +316,27 @@ def _gaps(subject: _Subject, rows: Sequence[Any], limit: str, lacks: str) -> lis
 
 
 def _sizes(subject: _Subject) -> list[_Item]:
-    def item(row: Graph) -> _Item:
+    """All graphs of a task together, which is what a machine gets; a limit that names a graph is on that one."""
+
+    def item(rows: Sequence[Graph], called: frozenset[str], name: str, needs: str = "") -> _Item:
+        size = sum(row["bytes"] for row in rows)
+        among = f" in {len(rows)} graphs" if len(rows) > 1 else ""
+
         def verdict(bound: int) -> list[Check]:
-            status: Status = "pass" if row["bytes"] <= bound else "fail"
-            name, found = f"{row['task']} / {row['graph']}", f"{row['bytes']:,} bytes"
-            return [
-                subject.check("max_bytes", status, name, _place(row), f"at most {bound:,} bytes", found, row["bytes"])
-            ]
+            status: Status = "pass" if size <= bound else "fail"
+            found, allowed = f"{size:,} bytes{among}", f"at most {bound:,} bytes"
+            return [subject.check("max_bytes", status, name, _place(rows[0]), allowed, found, size)]
 
-        return _Item(_called(row), verdict)
+        return _Item(called, verdict, needs)
 
-    items = [item(row) for row in subject.graphs if packing(row) in subject.shipped]
+    shipped: dict[tuple[str, str], list[Graph]] = {}
+    for row in subject.graphs:
+        if packing(row) in subject.shipped:
+            shipped.setdefault((row["task"], packing(row)), []).append(row)
+    items = []
+    for (task, _), rows in shipped.items():
+        items.append(item(rows, _called(rows[0]) - {rows[0]["graph"]}, f"{task} / all graphs"))
+        items += [item([row], _called(row), f"{task} / {row['graph']}", row["graph"]) for row in rows]
     return items + _gaps(subject, subject.graphs, "max_bytes", "there is no such graph")
 
 
