@@ -136,6 +136,8 @@ def explain(error: Exception) -> tuple[int, str]:
         return MachineError.exit_code, "no space left on the disk: free some, or choose another --output"
     if isinstance(error, OSError) and error.errno in (EACCES, EPERM, ENAMETOOLONG) and error.filename is not None:
         return 2, f"cannot use {_short(error.filename)} ({error.strerror}): check the path"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "vlprune").partition(".")[0] != "vlprune":
+        return MachineError.exit_code, f"{error.name} is not installed: pip install 'vlprune[cpu]' adds what is missing"
     # torch reports a full memory as a RuntimeError, with this phrase on CPU and its own class on CUDA
     if (
         isinstance(error, MemoryError)

@@ -800,7 +800,7 @@ MaxMetricDrop = Annotated[
 ]
 MaxBytes = Annotated[
     str | None,
-    typer.Option("--max-bytes", metavar="SIZE", help=f"Size of a task's graphs together at most, as in 20MB: {_NESTED}"),
+    typer.Option("--max-bytes", metavar="SIZE", help=f"Size of a task's graphs at most, as in 20MB: {_NESTED}"),
 ]
 MinThroughputRatio = Annotated[
     str | None,

@@ -4,7 +4,7 @@ import typer
 
 from vlprune.cli import options as o
 from vlprune.cli.show import show
-from vlprune.errors import RequestError
+from vlprune.errors import MachineError, RequestError
 
 
 app = typer.Typer(
@@ -31,9 +31,14 @@ def validate(file: o.RecipeFile, json: o.Json = False) -> None:
         chosen = recipes.read(file)
         if "model" not in chosen:
             raise RequestError(f"{file} does not tell the model: add a line as in model: blip-tiny")
-        from vlprune import pipeline
-        from vlprune.yamlfile import dump_yaml
-
+        try:
+            from vlprune import pipeline
+            from vlprune.yamlfile import dump_yaml
+        except ModuleNotFoundError as error:
+            raise MachineError(
+                f"{file}: keys and values are right, but whether they fit together needs {error.name}, which is not "
+                "installed: pip install 'vlprune[cpu]' adds what is missing"
+            ) from error
         found = {"ratios": list(o.RATIOS)} | recipes.arguments(chosen)
         resolved = pipeline.compress(output=".", dry_run=True, **found)
     except RequestError as error:

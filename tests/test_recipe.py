@@ -160,6 +160,15 @@ def test_a_wrong_key_is_found_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 0 and "did you mean seed" in done.stderr
 
 
+@pytest.mark.parametrize("package", ["torch", "PIL"])
+def test_without_the_rest_of_vlprune_half_a_check_is_none(tmp_path: Path, package: str) -> None:
+    path = _write(tmp_path, {"model": "blip-tiny", "ratios": 0.9})
+    code = f"import sys; sys.modules[{package!r}] = None; from vlprune.cli.main import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, "recipe", "validate", str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.count("\n") == 1 and f"needs {package}, which is not installed: pip install" in done.stderr
+
+
 def test_the_document(tmp_path: Path) -> None:
     document = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"<!-- tests/test_recipe.py reads this block -->\n```yaml\n(.*?)```", document, re.DOTALL)

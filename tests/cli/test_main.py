@@ -228,6 +228,8 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 3, "not enough memory"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 3, "no space left"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 3, "no space left"),
+        (ModuleNotFoundError("No module named 'torch._C'", name="torch._C"), 3, "torch._C is not installed: pip"),
+        (ModuleNotFoundError("No module named 'vlprune.x'", name="vlprune.x"), 70, "a bug"),
         (ValueError("a\n" + "b" * 1000), 70, "error: ValueError: a bbb"),
         (KeyboardInterrupt(), 130, "interrupted: "),
     ],
