@@ -85,7 +85,7 @@ def make(
             "--embeddings",
             parser=_parse_embeddings,
             metavar="P",
-            help="How tables of embeddings are stored: fp32, fp16.",
+            help="How tables of embeddings are stored: fp32, fp16 (as graphs packed with fp16 values have them).",
         ),
     ] = "fp32",
     sign: Annotated[

@@ -3,8 +3,9 @@
 `pack` replaces each Linear that is sparse enough by one vlprune.SparseLinear, which takes the LayerNorm before it, the
 bias, the activation and the residual with it, and each attention by one vlprune.Attention; everything else stays as it
 is. Linears that give the query, key and value of one attention become one node, and so do two of which only the second
-reads the first (vlprune.SparseMlp). `unpack` writes standard operators again, with the weights under their names:
-exactly those packed as fp32, the rounded ones of fp16.
+reads the first (vlprune.SparseMlp). With fp16 values the tables that a Gather reads, word embeddings above all, are
+stored as fp16 too, and an output layer that shares its weight with one becomes a vlprune.HalfLinear. `unpack` writes
+standard operators again, with the weights under their names: exactly those packed as fp32, the rounded ones of fp16.
 
 Only onnx and numpy are imported here.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -35,7 +37,7 @@ __all__ = ["THRESHOLDS", "decode", "encode", "is_packed", "load", "pack", "resol
 # Share of zeros from which a packed Linear counts as faster than a dense one, per instruction set. Measured for AVX-512
 # from 16 tokens on (docs/results/sparse_cpu.md); estimates for the others.
 THRESHOLDS = {"avx512": 0.45, "avx2": 0.5, "portable": 0.6}
-SMALLEST = 64 * 64  # weights; smaller Linears stay dense
+SMALLEST = 64 * 64  # weights; smaller Linears stay dense, smaller tables fp32
 VALUES: dict[str, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu")
 LIMIT = 2**31 - 2**20  # bytes of weights from which a file's weights go beside it: protobuf ends at 2 GiB
@@ -83,6 +85,8 @@ def pack(
     packer.fuse_linears()
     packer.fuse_mlps()
     packer.fuse_norms()
+    if values == "fp16" and packer.packed():
+        packer.halve_tables()
     notes = {"packed": "sparse", "values": values, "target": target, "layers": json.dumps(packer.layers)}
     return packer.model(notes), packer.rows
 
@@ -278,6 +282,56 @@ class _Packer:
             self.graph.replace([norm, node], new)
             self.layers[node.name]["norm"] = [norm.name, norm.output[0]]
 
+    def packed(self) -> bool:
+        """Tell whether anything was replaced."""
+        return any(node.domain == DOMAIN for node in self.graph)
+
+    def halve_tables(self) -> None:
+        """Store the tables that only Gathers, and Linears tied to them, read as fp16."""
+        for name, tensor in list(self.graph.tensors.items()):
+            readers = self.graph.readers.get(name, [])
+            gathers = [node for node in readers if _is_gather_of(node, name)]
+            tied = [node for node in readers if not _is_gather_of(node, name)]
+            linears = [linear for node in tied if (linear := self.graph.linear(node)) is not None and linear.as_is]
+            if not gathers or len(linears) != len(tied) or name in self.graph.results:
+                continue
+            if any(linear.weight != name or linear.x == name or linear.factor != 1 for linear in linears):
+                continue
+            table = self.graph.array(name)
+            if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) != 2 or table is None:
+                continue
+            if table.size < SMALLEST or beyond_half(table):
+                continue
+            half = self._tensor(table.astype(np.float16), f"{name}/half")
+            for node in gathers:
+                self._gather_half(node, half, name)
+            for linear in linears:
+                self._half_linear(linear, half)
+
+    def _gather_half(self, old: NodeProto, half: str, table: str) -> None:
+        gather = NodeProto()
+        gather.CopyFrom(old)
+        gather.name = self._names.node(f"{old.name or old.output[0]}/half")
+        gather.input[0] = half
+        gather.output[0] = self._names.value(f"{old.output[0]}/half")
+        place = self.graph.place(old)
+        self.graph.replace([old], gather)
+        cast = self._names.node(f"{old.name or old.output[0]}/Cast")
+        widen = helper.make_node("Cast", [gather.output[0]], [old.output[0]], cast, to=onnx.TensorProto.FLOAT)
+        self.graph.add(widen, place)
+        self.layers[gather.name] = {"table": table, "gather": old.name}
+
+    def _half_linear(self, linear: Linear, half: str) -> None:
+        outputs, inputs = linear.shape
+        bias = [] if linear.bias is None else [self._bias(linear)]
+        name = self._names.node(f"{_base(linear.weight)}/HalfLinear")
+        sizes = {"in_features": inputs, "out_features": outputs}
+        node = helper.make_node("HalfLinear", [linear.x, half, *bias], [linear.output], name, domain=DOMAIN, **sizes)
+        self.graph.replace(linear.nodes, node)
+        self.layers[name] = {"weights": [_part(linear)], "product": linear.product}
+        row = next(row for row in self.rows if row["name"] == _base(linear.weight))
+        row |= {"bytes": 2 * outputs * inputs, "reason": "Gather reads the weight, too: stored as fp16"}
+
     def _together(self, linears: Mapping[str, Linear]) -> dict[str, tuple[int, list[Linear]]]:
         """Find the Linears that give query, key and value of one attention from the same input."""
         found: dict[str, tuple[int, list[Linear]]] = {}
@@ -352,14 +406,17 @@ class _Packer:
         if (added := self.graph.residual(output)) is not None:
             residual, output = added[:2]
             nodes.append(added[2])
-        bias = ""
-        if linear.bias is not None:
-            stored = {tensor.name: list(tensor.dims) for tensor in self.plain.graph.initializer}
-            own = self.graph.array(linear.bias_name)
-            same = own is not None and np.array_equal(own, linear.bias)
-            reuse = same and stored.get(linear.bias_name) == [linear.shape[0]]
-            bias = linear.bias_name if reuse else self._tensor(linear.bias, f"{_base(linear.weight)}/bias")
+        bias = "" if linear.bias is None else self._bias(linear)
         self.graph.replace(nodes, self._sparse_linear(choice, [bias, residual], output, activation))
+
+    def _bias(self, linear: Linear) -> str:
+        """Name a Linear's bias as a vector of its own: the graph's, if it is one."""
+        assert linear.bias is not None
+        stored = {tensor.name: list(tensor.dims) for tensor in self.plain.graph.initializer}
+        own = self.graph.array(linear.bias_name)
+        same = own is not None and np.array_equal(own, linear.bias)
+        reuse = same and stored.get(linear.bias_name) == [linear.shape[0]]
+        return linear.bias_name if reuse else self._tensor(linear.bias, f"{_base(linear.weight)}/bias")
 
     def _sparse_linear(self, choice: _Choice, more: Sequence[str], output: str, activation: str) -> NodeProto:
         linears = choice.linears
@@ -371,18 +428,7 @@ class _Packer:
         inputs = [linears[0].x, *names, *more]
         while not inputs[-1]:
             inputs.pop()
-        self.layers[name] = {
-            "weights": [
-                {
-                    "name": linear.weight + (f"*{linear.factor:g}" if linear.factor != 1 else ""),
-                    "rows": linear.shape[0],
-                    "as_is": linear.as_is,
-                    "bias": linear.bias_name or None,
-                }
-                for linear in linears
-            ],
-            "product": linears[0].product,
-        }
+        self.layers[name] = {"weights": [_part(linear) for linear in linears], "product": linears[0].product}
         return helper.make_node("SparseLinear", inputs, [output], name, domain=DOMAIN, **sizes, activation=activation)
 
     def _encode(self, choice: _Choice) -> tuple[list[str], dict[str, Any]]:
@@ -464,8 +510,15 @@ def unpack(model: ModelProto) -> ModelProto:
     model = _without_mlps(_without_norms(model))
     unpacker = _Unpacker(model)
     nodes: list[NodeProto] = []
+    halved = _halved(model)
+    gone = {gather.output[0] for gather in halved.values()}
     for node in model.graph.node:
-        nodes += unpacker.replace(node) if node.domain == DOMAIN else [node]
+        if node.domain == DOMAIN:
+            nodes += unpacker.replace(node)
+        elif node.output and node.output[0] in halved:
+            nodes.append(unpacker.gather(halved[node.output[0]], node.output[0]))
+        elif not node.output or node.output[0] not in gone:
+            nodes.append(node)
     plain = _rebuilt(model, nodes, unpacker.made)
     kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
     del plain.opset_import[:]
@@ -473,6 +526,25 @@ def unpack(model: ModelProto) -> ModelProto:
     values = {entry.key: entry.value for entry in model.metadata_props}.get("vlprune.values", "fp32")
     _set_notes(plain, {"rounded": values} if values != "fp32" else {})
     return plain
+
+
+def _halved(packed: ModelProto) -> dict[str, NodeProto]:
+    """Find the Gathers that packing made read a table as fp16: what the Cast behind one makes -> that Gather."""
+    layers, tensors = _layers(packed), {tensor.name for tensor in packed.graph.initializer}
+    read = Counter(name for node in packed.graph.node for name in reads(node))
+    read.update(value.name for value in packed.graph.output)
+    gathers = {
+        node.output[0]: node
+        for node in packed.graph.node
+        if node.op_type == "Gather" and not node.domain and "table" in layers.get(node.name, {})
+        if len(node.input) == 2 and len(node.output) == 1 and node.input[0] in tensors and read[node.output[0]] == 1
+    }
+    casts = [node for node in packed.graph.node if node.op_type == "Cast" and not node.domain and len(node.output) == 1]
+    return {
+        cast.output[0]: gathers[cast.input[0]]
+        for cast in casts
+        if cast.input and cast.input[0] in gathers and attributes(cast).get("to") == onnx.TensorProto.FLOAT
+    }
 
 
 def _without_norms(packed: ModelProto) -> ModelProto:
@@ -571,14 +643,44 @@ class _Unpacker:
 
     def replace(self, node: NodeProto) -> list[NodeProto]:
         """Give the nodes that compute what one packed node does."""
-        if node.op_type not in ("SparseLinear", "Attention") or len(node.output) != 1:
+        replacements = {
+            "Attention": self._attention, "SparseLinear": self._sparse_linear, "HalfLinear": self._half_linear
+        }  # fmt: skip
+        if node.op_type not in replacements or len(node.output) != 1:
             raise RequestError(f"the node {node.name} is no operator of vlprune known here: {node.op_type}")
         builder = _Builder(self._names, node.name or node.output[0], self._constant)
-        if node.op_type == "Attention":
-            self._attention(node, builder)
-        else:
-            self._sparse_linear(node, builder)
+        replacements[node.op_type](node, builder)
         return builder.nodes
+
+    def gather(self, half: NodeProto, output: str) -> NodeProto:
+        """Give the node that reads a table as fp32 instead of as fp16."""
+        layer = self.layers[half.name]
+        table = self._widened(half.input[0], layer["table"])
+        name = self._names.node(layer.get("gather") or half.name.removesuffix("/half"))
+        options = {"axis": attributes(half).get("axis", 0)}
+        return helper.make_node("Gather", [table, half.input[1]], [output], name, **options)
+
+    def _widened(self, half: str, name: str) -> str:
+        if half not in self._weights:
+            self._weights[half] = self._tensor(self._array(half).astype(np.float32), name)
+        return self._weights[half]
+
+    def _half_linear(self, node: NodeProto, builder: _Builder) -> None:
+        given, (x, half, bias) = attributes(node), [*node.input, "", ""][:3]
+        sizes = [given.get(name) for name in ("out_features", "in_features")]
+        if half not in self.tensors or (bias and bias not in self.tensors):
+            raise RequestError(f"the node {node.name} has weights that are no constants")
+        if list(self.tensors[half].dims) != sizes or (bias and list(self.tensors[bias].dims) != sizes[:1]):
+            raise RequestError(f"the node {node.name} has weights of other sizes than its attributes {sizes}")
+        layer = self.layers.get(node.name, {})
+        part = (layer.get("weights") or [{}])[0]
+        weight = self._widened(half, part.get("name") or f"{half}/wide")
+        if bias and part.get("bias", bias) != bias:
+            bias = self._tensor(self._array(bias), part["bias"] or f"{weight}/bias")
+        gemm = layer.get("product") == "Gemm"
+        if not gemm:
+            weight = builder("Transpose", [weight], perm=[1, 0])
+        builder.name_last(self._product(builder, x, weight, bias, gemm, True), node.output[0])
 
     def _sparse_linear(self, node: NodeProto, builder: _Builder) -> None:
         inputs = dict(zip(_INPUTS, node.input, strict=False))
@@ -775,6 +877,8 @@ def _layers(model: ModelProto) -> dict[str, dict[str, Any]]:
             norm = layer.get("norm", ["", ""])
             if type(norm) is not list or [type(name) for name in norm] != [str] * 2 or "norm" in layer and not norm[1]:
                 raise ValueError("a norm without two names")
+            if any(type(layer.get(name, "")) is not str for name in ("table", "gather")) or layer.get("table") == "":
+                raise ValueError("a table without a name")
             if type(layer.get("width", 1)) is not int or layer.get("width", 1) < 1:
                 raise ValueError("heads without width")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -848,6 +952,22 @@ def _rebuilt(model: ModelProto, nodes: Sequence[NodeProto], made: Sequence[onnx.
 
 def _is_sparse_linear(node: NodeProto) -> bool:
     return bool(node.domain == DOMAIN and node.op_type == "SparseLinear")
+
+
+def _is_gather_of(node: NodeProto, table: str) -> bool:
+    """Whether a node takes rows of a table, and does nothing else with it."""
+    alone = node.op_type == "Gather" and not node.domain and list(node.input).count(table) == 1
+    return alone and node.input[0] == table and attributes(node).get("axis", 0) == 0
+
+
+def _part(linear: Linear) -> dict[str, Any]:
+    """What `unpack` needs to know of a Linear."""
+    return {
+        "name": linear.weight + (f"*{linear.factor:g}" if linear.factor != 1 else ""),
+        "rows": linear.shape[0],
+        "as_is": linear.as_is,
+        "bias": linear.bias_name or None,
+    }
 
 
 def _base(weight: str) -> str:

@@ -115,16 +115,24 @@ def test_plain_graphs_of_a_pruned_model_are_stored_with_masks(run, tmp_path):
     assert shown["kind"] == "bundle" and shown["packed"] is False
 
 
-def test_embeddings_may_be_rounded(run, small_bundle, tmp_path):
-    found = make_bundle(run.folder, "retrieval", tmp_path / "half.vlp.tar.zst", embeddings="fp16")
-    assert found["form"] == "packed fp16, embeddings fp16"
-    assert found["bytes"] < small_bundle.stat().st_size
+def test_embeddings_may_be_rounded(run, tmp_path):
+    plain = make_bundle(run.folder, "retrieval", tmp_path / "plain.vlp.tar.zst", packed=False)
+    found = make_bundle(run.folder, "retrieval", tmp_path / "half.vlp.tar.zst", packed=False, embeddings="fp16")
+    assert found["form"] == "fp32, embeddings fp16"
+    assert found["bytes"] < plain["bytes"]
     manifest, _ = read_manifest(tmp_path / "half.vlp.tar.zst")
     rounded = [t for t in manifest["weights"]["tensors"] if t["dtype"] == "float32" and t["stored"] == "float16"]
     tables = 2 if len({t["sha256"] for t in rounded}) > 1 else 1
     assert len(rounded) == tables
     with_tables = unpack_text(tmp_path / "half.vlp.tar.zst", "README.md", tmp_path)
     assert "measured before that rounding" in with_tables
+
+
+def test_packed_graphs_may_have_rounded_them_already(run, small_bundle, tmp_path):
+    found = make_bundle(run.folder, "retrieval", tmp_path / "half.vlp.tar.zst", embeddings="fp16")
+    assert found["form"] == "packed fp16" and found["bytes"] == small_bundle.stat().st_size
+    manifest, _ = read_manifest(tmp_path / "half.vlp.tar.zst")
+    assert all(t["dtype"] == t["stored"] for t in manifest["weights"]["tensors"])
 
 
 def unpack_text(path, name, tmp_path):

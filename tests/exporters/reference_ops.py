@@ -75,6 +75,15 @@ class SparseMlp(OpRun):
         return plus(layer(hidden, *inputs[5:10], "none", second), inputs[10])
 
 
+class HalfLinear(OpRun):
+    op_domain = "vlprune"
+
+    def _run(self, x, weight, bias=None, in_features=None, out_features=None):
+        assert weight.dtype == np.float16 and weight.shape == (out_features, in_features)
+        y = x.astype(np.float64) @ weight.T.astype(np.float64)
+        return ((y if bias is None else y + bias).astype(np.float32),)
+
+
 class Attention(OpRun):
     op_domain = "vlprune"
     op_schema = onnx.defs.OpSchema("Attention", "vlprune", 1)  # else that of ONNX's own Attention is taken
@@ -103,4 +112,4 @@ class Attention(OpRun):
 
 def evaluate(model: onnx.ModelProto, feeds: dict) -> list:
     """Run a packed graph in numpy."""
-    return ReferenceEvaluator(model, new_ops=[SparseLinear, SparseMlp, Attention]).run(None, feeds)
+    return ReferenceEvaluator(model, new_ops=[SparseLinear, SparseMlp, HalfLinear, Attention]).run(None, feeds)

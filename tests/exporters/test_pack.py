@@ -236,6 +236,7 @@ def test_a_changed_byte_is_refused_or_harmless(name, data):
 
 K, N = 96, 64
 FLOAT = TensorProto.FLOAT
+VOCABULARY = 120
 
 
 class Graph:
@@ -266,7 +267,7 @@ class Graph:
 
     def model(self, *outputs, opset=18, **shapes):
         def info(name, shape):
-            return helper.make_tensor_value_info(name, FLOAT, shape)
+            return helper.make_tensor_value_info(name, TensorProto.INT64 if name == "ids" else FLOAT, shape)
 
         graph = helper.make_graph(
             self.nodes,
@@ -673,6 +674,94 @@ def test_weights_beyond_half_precision_stay_dense():
     weight[0, 0] = 1e5
     packed, rows = pack(graph.model(graph("MatMul", "x", weight.T)), target="avx2", values="fp16")
     assert not is_packed(packed) and rows[0]["reason"] == "a weight is beyond the range of fp16"
+
+
+def tied(graph, size=VOCABULARY, table=None, **options):
+    """Words -> rows of a table -> a sparse layer -> scores of all words by the same table."""
+    table = sparse((size, K), 0) if table is None else table
+    words = graph.constant(table, "words.weight")
+    h = graph.linear(graph("Gather", words, "ids"), shape=(K, K))
+    rows = graph("Reshape", h, [-1, K])
+    return graph("Gemm", rows, words, vector(size, 3, "words.bias", graph), **({"transB": 1} | options))
+
+
+IDS = {"ids": np.array([[1, 5, 0], [7, 7, 99]])}
+
+
+def test_a_table_tied_to_an_output_layer_is_halved():
+    graph = Graph(ids=["batch", "length"])
+    model = graph.model(tied(graph))
+    packed, rows = pack(model, target="avx2", values="fp16")
+    onnx.checker.check_model(packed)
+    assert kinds(packed) == ["Gather", "Cast", "SparseLinear", "Reshape", "HalfLinear"]
+    assert {t.name: t.data_type for t in packed.graph.initializer}["words.weight/half"] == TensorProto.FLOAT16
+    (row,) = [row for row in rows if not row["packed"]]
+    assert row["bytes"] == 2 * VOCABULARY * K and row["dense_bytes"] == 4 * VOCABULARY * K and "fp16" in row["reason"]
+    plain = unpack(packed)
+    onnx.checker.check_model(plain, full_check=True)
+    assert kinds(plain) == ["Gather", "MatMul", "Add", "Reshape", "Gemm"]
+    names = {"words.weight", "words.bias"}
+    before, after = ({t.name: numpy_helper.to_array(t) for t in m.graph.initializer} for m in (model, plain))
+    assert names <= set(after)
+    np.testing.assert_array_equal(after["words.weight"], before["words.weight"].astype(np.float16).astype(np.float32))
+    expected = run(plain, IDS)[0]
+    np.testing.assert_allclose(evaluate(packed, IDS)[0], expected, atol=1e-4)
+    if operators.available():
+        np.testing.assert_allclose(run(packed, IDS)[0], expected, atol=1e-4)
+    np.testing.assert_allclose(expected, run(model, IDS)[0], atol=5e-2)
+
+
+def test_halved_tables_are_unpacked_without_their_metadata():
+    graph = Graph(ids=["batch", "length"])
+    packed, _ = pack(graph.model(tied(graph)), target="avx2", values="fp16")
+    expected = evaluate(packed, IDS)[0]
+    del packed.metadata_props[:]
+    plain = unpack(packed)
+    onnx.checker.check_model(plain, full_check=True)
+    np.testing.assert_allclose(run(plain, IDS)[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "why", ["fp32", "small", "beyond", "result", "other reader", "other axis", "scaled", "nothing"]
+)
+def test_a_table_that_cannot_be_halved_stays(why):
+    graph = Graph(ids=["batch", "length"])
+    table = sparse((VOCABULARY, K), 0)
+    if why == "beyond":
+        table[0, 0] = 1e5
+    y = tied(graph, 40 if why == "small" else VOCABULARY, None if why == "small" else table, **(
+        {"alpha": 0.5} if why == "scaled" else {}
+    ))  # fmt: skip
+    more = {"result": ["words.weight"], "other reader": [graph("Neg", "words.weight")],
+            "other axis": [graph("Gather", "words.weight", [0, 1], axis=1)]}.get(why, [])  # fmt: skip
+    model = graph.model(y, *more)
+    options = {"threshold": 1.0} if why == "nothing" else {}
+    packed, _ = pack(model, target="avx2", values="fp32" if why == "fp32" else "fp16", **options)
+    assert is_packed(packed) == (why != "nothing") and "HalfLinear" not in kinds(packed)
+    assert all(tensor.data_type != FLOAT or "half" not in tensor.name for tensor in packed.graph.initializer)
+    assert "words.weight" in {tensor.name for tensor in packed.graph.initializer}
+
+
+@pytest.mark.parametrize("change", ["sizes", "bias", "no constant", "no attribute", "table"])
+def test_malformed_halves_are_refused(change):
+    graph = Graph(ids=["batch", "length"])
+    packed, _ = pack(graph.model(tied(graph)), target="avx2", values="fp16")
+    node = packed.graph.node[-1]
+    tensors = {tensor.name: tensor for tensor in packed.graph.initializer}
+    if change == "sizes":
+        tensors["words.weight/half"].dims[:] = [K, VOCABULARY]
+    elif change == "bias":
+        tensors["words.bias"].dims[:] = [VOCABULARY - 1]
+    elif change == "no constant":
+        node.input[1] = "ids"
+    elif change == "no attribute":
+        del node.attribute[:]
+    else:
+        entry = next(entry for entry in packed.metadata_props if entry.key == "vlprune.layers")
+        entry.value = entry.value.replace('"words.weight", "gather"', '7, "gather"')
+    with pytest.raises(RequestError) as error:
+        unpack(packed)
+    assert "\n" not in str(error.value)
 
 
 def test_groups_of_four_rows_are_found():
@@ -1186,12 +1275,19 @@ def test_exported_graphs(small, exported, task, values, monkeypatch):
         onnx.checker.check_model(plain, full_check=True)
         before, after = ({t.name: t for t in m.graph.initializer} for m in (model, plain))
         dtype = np.float16 if values == "fp16" else np.float32
+        stored = {tensor.name for tensor in packed.graph.initializer}
+        tables = {node.input[0] for node in model.graph.node if node.op_type == "Gather"} & set(before)
+        halved = {name.removesuffix("/half") for name in stored if name.endswith("_embeddings.weight/half")}
+        assert halved == ({name for name in tables if "embeddings" in name} if values == "fp16" else set())
+        assert kinds(packed).count("HalfLinear") == (values == "fp16" and "decoder" in name)
         for key in before:
             if not key.startswith("/constant/"):
                 wanted = numpy_helper.to_array(before[key])
                 if key.endswith(".weight.T"):
                     touched = any(key.removesuffix(".T") in row["name"].split(" + ") for row in rows if row["packed"])
                     wanted = wanted.astype(dtype).astype(np.float32) if touched else wanted
+                if "_embeddings.weight" in key and f"{key}/half" in stored:
+                    wanted = wanted.astype(np.float16).astype(np.float32)
                 np.testing.assert_array_equal(numpy_helper.to_array(after[key]), wanted, key)
         close = 2e-2 if values == "fp16" else 2e-5
         for batch, length, past in ((1, 1, 0), (3, 4, 2)):
@@ -1216,7 +1312,8 @@ def test_metadata_and_interface(exported, monkeypatch):
     nodes = [node for node in packed.graph.node if node.domain == "vlprune"]
     pairs = [layers[node.name]["linears"] for node in nodes if node.op_type == "SparseMlp"]
     assert len(pairs) == 2  # one per block of the text encoder
-    assert set(layers) == {node.name for node in nodes} | {name for pair in pairs for name in pair}
+    tables = {node.name for node in packed.graph.node if node.op_type == "Gather" and node.input[0].endswith("/half")}
+    assert set(layers) == {node.name for node in nodes} | {name for pair in pairs for name in pair} | tables
     assert {entry.domain: entry.version for entry in packed.opset_import} == {"": 18, "vlprune": 1}
     for side in ("input", "output"):
         assert list(getattr(packed.graph, side)) == list(getattr(model.graph, side))

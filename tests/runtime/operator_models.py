@@ -146,6 +146,44 @@ class Mlp:
         return self.second.expected(self.first.expected(x), residual)
 
 
+@dataclass
+class HalfLinear:
+    """A HalfLinear node to test."""
+
+    K: int
+    N: int
+    bias: bool = True
+    residual: bool = field(default=False, init=False)
+    weight: np.ndarray = field(init=False)  # [N, K]
+    bias_values: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.K + self.N)
+        self.weight = rng.standard_normal((self.N, self.K)).astype(np.float16)
+        self.bias_values = rng.standard_normal(self.N).astype(np.float32)
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        return self.K, self.N
+
+    def attributes(self) -> dict[str, Any]:
+        return {"in_features": self.K, "out_features": self.N}
+
+    def arrays(self) -> Arrays:
+        return {"weight": self.weight} | ({"bias": self.bias_values} if self.bias else {})
+
+    def model(self) -> ModelProto:
+        return half_model(self.arrays(), self.attributes())
+
+    def expected(self, x: np.ndarray, residual: None = None) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            if np.isfinite(x).all() and np.isfinite(self.weight).all():
+                y = x.astype(np.float64) @ self.weight.T.astype(np.float64)
+            else:
+                y = (x[..., None, :].astype(np.float64) * self.weight).sum(-1)
+        return y + self.bias_values if self.bias else y
+
+
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a SparseMlp from those of its layers."""
     given = first | {"hidden_features": first["out_features"], "out_features": second["out_features"]}
@@ -166,6 +204,10 @@ def linear_model(arrays: Arrays, attributes: dict[str, Any], residual: bool = Fa
 
 def mlp_model(arrays: Arrays, attributes: dict[str, Any], residual: bool = False) -> ModelProto:
     return layers_model("SparseMlp", "mlp", MLP_INPUTS[1:11], arrays, attributes, residual)
+
+
+def half_model(arrays: Arrays, attributes: dict[str, Any]) -> ModelProto:
+    return layers_model("HalfLinear", "half", ("weight", "bias"), arrays, attributes, residual=False)
 
 
 def layers_model(
@@ -288,7 +330,15 @@ def few_tokens() -> list[tuple[int, ...]]:
     return [(), *((tokens,) for tokens in range(10)), (3, 0), (2, 3, 5), (16,), (17,), (197,)]
 
 
-def check_layers(layers: Linear | Mlp, library: str, threads: int, leads: Iterable[tuple[int, ...]]) -> None:
+def half_linears() -> list[HalfLinear]:
+    """Vectors, blocks of rows and parts of them, full and not."""
+    sizes = [(1, 1), (5, 7), (16, 64), (17, 65), (64, 130), (300, 131), (768, 200)]
+    return [HalfLinear(K, N, bias=number % 2 == 0) for number, (K, N) in enumerate(sizes)]
+
+
+def check_layers(
+    layers: Linear | Mlp | HalfLinear, library: str, threads: int, leads: Iterable[tuple[int, ...]]
+) -> None:
     session = open_model(layers.model(), library, threads)
     rng = np.random.default_rng(1)
     K, N = layers.ends
@@ -416,6 +466,8 @@ def check_numbers(library: str) -> None:
         check_layers(mlp, library, 2, [many_tokens()])
     for mlp in list(mlps(WIDE_MLPS))[::3]:
         check_layers(mlp, library, 2, [(20,), (40,)])
+    for half in half_linears():
+        check_layers(half, library, 2, few_tokens())
     for sizes in ATTENTIONS:
         check_attention(library, 2, **sizes)
 

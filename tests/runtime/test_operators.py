@@ -21,7 +21,7 @@ import onnxruntime
 import operator_models as models
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from operator_models import Linear, Mlp
+from operator_models import HalfLinear, Linear, Mlp
 
 from vlprune.errors import MachineError, RequestError
 from vlprune.runtime import operators
@@ -70,6 +70,28 @@ def test_sparse_linear_of_a_real_size(library: str, threads: int, half: bool) ->
     for lead in [(1,), (16,), (17,), (197,), (2, 197), (8, 197)]:
         x = rng.standard_normal((*lead, 768)).astype(np.float32)
         assert models.difference(opened.run(None, {"x": x})[0], linear.expected(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("half", models.half_linears(), ids=lambda half: f"{half.K}x{half.N}")
+def test_half_linear(library: str, half: HalfLinear, threads: int) -> None:
+    models.check_layers(half, library, threads, models.few_tokens())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_nan_and_infinity_in_halves(library: str, rows: int) -> None:
+    """Each reaches what it meets, and no other output: not those computed beside it, or for rows that are not there."""
+    half = HalfLinear(71, 19)
+    half.weight[3, 70], half.weight[18, 2] = np.inf, np.nan
+    half.weight[7, :3] = [6e-8, -6.1e-5, 65504]  # subnormal, and the largest
+    x = np.random.default_rng(3).standard_normal((rows, 71)).astype(np.float32)
+    opened = models.open_model(half.model(), library)
+    assert models.difference(opened.run(None, {"x": x})[0], half.expected(x)) <= 1e-5
+    half.weight[[3, 18]] = 1
+    opened = models.open_model(half.model(), library)
+    x[rows // 2, 70] = np.nan
+    y = opened.run(None, {"x": x})[0]
+    assert np.isnan(y[rows // 2]).all() and np.isfinite(np.delete(y, rows // 2, 0)).all()
 
 
 def name_of_mlp(mlp: Mlp) -> str:
@@ -268,7 +290,9 @@ def test_shapes_are_known_before_a_run(library: str) -> None:
 
     def inferred(shape: list[str | int | None] | None, inputs: list[str], op: str, **attributes: Any) -> Any:
         values = [helper.make_tensor_value_info(inputs[0], TensorProto.FLOAT, shape)]
-        arrays = {"SparseLinear": linear, "SparseMlp": mlp}[op].arrays() if op != "Attention" else {}
+        arrays = (
+            {"SparseLinear": linear, "SparseMlp": mlp, "HalfLinear": half}[op].arrays() if op != "Attention" else {}
+        )
         values += [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
             for name in inputs[1:]
@@ -282,7 +306,7 @@ def test_shapes_are_known_before_a_run(library: str) -> None:
         tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
         return models.open_model(models.model_of(nodes, values, outputs, tensors), library).get_outputs()[0].shape
 
-    linear = Linear(70, 36, 32, bias=False)
+    linear, half = Linear(70, 36, 32, bias=False), HalfLinear(12, 8, bias=False)
     mlp = Mlp(Linear(70, 52, 32, bias=False), Linear(52, 36, 32, bias=False))
     five, ten = list(models.INPUTS[:5]), list(models.MLP_INPUTS[:10])
     ten[5] = ""
@@ -293,6 +317,7 @@ def test_shapes_are_known_before_a_run(library: str) -> None:
             assert inferred(["batch", "t", None], inputs, op, **layers.attributes()) == ["batch", "t", 36]
             assert inferred([None, 70], inputs, op, **layers.attributes()) == []
             assert inferred(None, inputs, op, **layers.attributes()) == []
+    assert inferred(["b", "t", 12], ["x", "weight"], "HalfLinear", **half.attributes()) == ["b", "t", 8]
     heads = {"num_heads": 2, "scale": 1.0}
     assert inferred(["b", "t", 8], ["q", "k", "v"], "Attention", **heads) == ["b", "t", 8]
     assert inferred(["b", "t", 24], ["q"], "Attention", **heads) == ["b", "t", 8]
@@ -348,6 +373,42 @@ def test_weights_must_be_constant(library: str, name: str, how: str, layer: str)
             graph.node.insert(0, helper.make_node("Identity", [source], [name]))
     said = f"node '{graph.node[-1].name}': input {name} must be a constant of the graph"
     with pytest.raises(Exception, match=said):
+        models.open_model(model, library)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "attributes", "message"),
+    [
+        ({"weight": np.ones((12, 8), np.float16)}, {}, r"input weight has shape \[12, 8\], must have \[8, 12\]"),
+        ({"weight": np.ones(96, np.float16)}, {}, "input weight has shape .*, must have two dimensions"),
+        ({"weight": np.ones((8, 12, 1), np.float16)}, {}, "input weight has shape .*, must have two dimensions"),
+        ({"weight": np.ones((8, 12), np.float32)}, {}, "Type Error"),
+        ({"weight": None}, {}, "half"),
+        ({"bias": np.ones(9, np.float32)}, {}, "input bias has 9 elements, must have 8"),
+        ({"bias": np.ones((1, 8), np.float32)}, {}, "input bias has shape"),
+        ({"bias": np.ones(8, np.float16)}, {}, "Type Error"),
+        ({}, {"in_features": 0}, "attribute in_features is 0"),
+        ({}, {"in_features": 2**62, "out_features": 2**62}, "input weight has shape"),
+        ({}, {"out_features": None}, "attribute out_features is missing"),
+    ],
+)
+def test_malformed_halves_are_refused(
+    library: str, arrays: dict[str, Any], attributes: dict[str, Any], message: str
+) -> None:
+    half = HalfLinear(12, 8)
+    changed = {name: array for name, array in (half.arrays() | arrays).items() if array is not None}
+    given = {name: value for name, value in (half.attributes() | attributes).items() if value is not None}
+    with pytest.raises(Exception, match=message):
+        models.open_model(models.half_model(changed, given), library)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_halves_must_be_constant(library: str, name: str) -> None:
+    half = HalfLinear(12, 8)
+    model, array = half.model(), half.arrays()[name]
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    model.graph.input.append(helper.make_tensor_value_info(name, kind, array.shape))
+    with pytest.raises(Exception, match=f"node 'half': input {name} must be a constant of the graph"):
         models.open_model(model, library)
 
 
@@ -460,7 +521,7 @@ def test_malformed_attention_is_refused(
 # --- where the weights lie, who runs them -----------------------------------------------------------------------------
 
 
-def unaligned(linear: Linear | Mlp, folder: Path) -> str:
+def unaligned(linear: Linear | Mlp | HalfLinear, folder: Path) -> str:
     """Write a model whose weights lie in another file, each at an odd place."""
     model = linear.model()
     data = bytearray(4097)
@@ -485,9 +546,11 @@ def unaligned(linear: Linear | Mlp, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layers", [0, 1, 2])
 def test_weights_may_lie_anywhere(library: str, tmp_path: Path, half: bool, layers: int) -> None:
-    linear: Linear | Mlp = Linear(300, 131, 128, 32, half=half)
+    linear: Linear | Mlp | HalfLinear = Linear(300, 131, 128, 32, half=half)
+    if layers == 0:
+        linear = HalfLinear(300, 131, bias=half)
     if layers == 2:
         linear = Mlp(Linear(300, 131, 128, 32, half=half), Linear(131, 52, 32, 12, 4, half=not half))
     opened = models.open_model(unaligned(linear, tmp_path), library)
@@ -754,6 +817,7 @@ def test_clean_under_sanitizers(tmp_path: Path) -> None:
     for half in (False, True):
         linear = Linear(300, 131, 128, 32, half=half)
         mlp = Mlp(Linear(300, 131, 128, 32, half=half), Linear(131, 52, 32, 12, 4, half=not half))
+        odd += [unaligned(HalfLinear(71, 19), tmp_path / "dense")]
         odd += [unaligned(linear, tmp_path / f"half-{half}"), unaligned(mlp, tmp_path / f"pair-{half}")]
     for isa in ("avx512", "avx2", "portable"):
         done = run_program(library, "numbers", *odd, check=False, VLPRUNE_ISA=isa, **environment)

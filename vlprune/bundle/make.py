@@ -71,7 +71,8 @@ def make_bundle(
         variant: which model; None = the only one that is pruned.
         precision: of the graphs, as exported; see `vlprune.names.PRECISIONS`.
         packed: take packed graphs where the run has them; they need the operator library.
-        embeddings: "fp16" rounds the tables of embeddings, and expands them when the bundle is opened.
+        embeddings: "fp16" rounds the tables of embeddings that are not fp16 in the graphs already, and expands them
+            when the bundle is opened.
         sign: private key file (Ed25519, PEM); None = unsigned.
         example: image to store as the input that `verify` runs; None = one of the embedded scenes.
         text: to store beside it; None = that of the scene.
@@ -122,7 +123,7 @@ def make_bundle(
             "precision": precision,
             "packed": is_sparse,
             "values": values,
-            "embeddings": embeddings,
+            "embeddings": "fp16" if weights.rounded else "fp32",
             "model": source.model(),
             "dense_bytes": source.dense_bytes(),
             "vlprune": __version__,

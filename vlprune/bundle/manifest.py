@@ -59,7 +59,7 @@ class Manifest(TypedDict):
         precision: of the computation, see `vlprune.names.PRECISIONS`.
         packed: graphs need the operator library.
         values: how packed weights are stored, "fp32" or "fp16"; None = they are not packed.
-        embeddings: how large tables are stored, "fp32" or "fp16".
+        embeddings: "fp16" if the bundle rounds tables that the graphs have in fp32.
         model: `name`, `checkpoint`, `parameters` and `random_weights` of the model that was compressed.
         dense_bytes: the weights of the same graphs before pruning, in fp32, those that graphs share counted once.
         vlprune: version that wrote the bundle.

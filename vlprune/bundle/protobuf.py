@@ -34,7 +34,7 @@ STANDARD = frozenset(_NAMES.split())
 OPERATORS: Mapping[str, frozenset[str]] = {
     "": STANDARD,
     "ai.onnx": STANDARD,
-    "vlprune": frozenset({"Attention", "SparseLinear", "SparseMlp"}),
+    "vlprune": frozenset({"Attention", "HalfLinear", "SparseLinear", "SparseMlp"}),
     "com.microsoft": frozenset(
         {
             "BiasGelu", "FastGelu", "FusedMatMul", "Gelu", "LayerNormalization", "MultiHeadAttention", "QuickGelu",

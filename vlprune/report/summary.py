@@ -47,8 +47,8 @@ STRUCTURED = (
 )
 PACKED = (
     "Packed graphs (CPU only) skip the zeros. Their throughput ratio is what that gains in speed, fused attentions "
-    "included (vlprune.SparseLinear, vlprune.SparseMlp, vlprune.Attention); their size, held against the dense file's, "
-    "is what it gains in size."
+    "included (the operators vlprune.SparseLinear, SparseMlp, HalfLinear and Attention); their size, held against the "
+    "dense file's, is what it gains in size."
 )
 INT8 = (
     "The dense graphs in dynamic int8 (by ONNX Runtime, weights of MatMul and Gemm) are measured beside packed ones; "

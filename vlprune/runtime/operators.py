@@ -1,8 +1,8 @@
 """The operator library for ONNX Runtime's CPU provider, compiled from csrc/ by pip install.
 
-It holds SparseLinear, SparseMlp (two of them in one) and Attention, which docs/sparse.md describes. It is a plain
-shared library that any program gives to ONNX Runtime (1.17 or newer) by `SessionOptions.register_custom_ops_library`;
-`vlprune.runtime.session` does so by itself.
+It holds SparseLinear, SparseMlp (two of them in one), HalfLinear and Attention, which docs/sparse.md describes. It is a
+plain shared library that any program gives to ONNX Runtime (1.17 or newer) by
+`SessionOptions.register_custom_ops_library`; `vlprune.runtime.session` does so by itself.
 """
 
 import ctypes

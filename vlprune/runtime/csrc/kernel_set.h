@@ -36,6 +36,9 @@ struct KernelSet {
   void (*row)(const SparseWeights& weights, int64_t panel, const float* x, int tokens, const float* residual, float* y,
               float* sums);
 
+  // Outputs n0 to n1 of a dense layer for all tokens.
+  void (*half_rows)(const HalfWeights& weights, int64_t n0, int64_t n1, const float* x, int64_t tokens, float* y);
+
   // One head of one sample. `memory`: attention_floats(shape) floats.
   void (*head)(const AttentionShape& shape, const float* q, const float* k, const float* v, const float* bias,
                float* out, float* memory);

@@ -323,6 +323,17 @@ void sparse_mlp(const SparseWeights& first, const SparseWeights& second, const N
   layers(&first, second, norm, x, tokens, residual, y, parallel, pool);
 }
 
+void half_linear(const HalfWeights& weights, const float* x, int64_t tokens, float* y, ParallelFor parallel,
+                 void* pool) {
+  // Rows enough to share what is read of x, and few enough that they stay in the cache for all tokens.
+  constexpr int64_t kRows = 64;
+  const KernelSet& set = *choice().set;
+  run(parallel, pool, divide_up(weights.N, kRows), [&](int64_t part) {
+    set.half_rows(weights, part * kRows, std::min((part + 1) * kRows, weights.N), x, tokens, y);
+    return true;
+  });
+}
+
 void attention(const AttentionShape& s, const float* q, const float* k, const float* v, const float* bias, float* out,
                ParallelFor parallel, void* pool) {
   if (s.batch == 0 || s.heads == 0 || s.tq == 0 || s.d == 0) return;

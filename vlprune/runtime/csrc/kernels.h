@@ -44,6 +44,16 @@ void sparse_linear(const SparseWeights& weights, const Norm* norm, const float* 
 void sparse_mlp(const SparseWeights& first, const SparseWeights& second, const Norm* norm, const float* x,
                 int64_t tokens, const float* residual, float* y, ParallelFor parallel, void* pool);
 
+// The weights of a HalfLinear node: dense, as an output layer tied to word embeddings is.
+struct HalfWeights {
+  const uint16_t* values;  // [N, K] IEEE half, at any address
+  const float* bias;       // [N] or null
+  int64_t K, N;
+};
+
+// y [T, N] = x [T, K] W^T + bias.
+void half_linear(const HalfWeights& weights, const float* x, int64_t tokens, float* y, ParallelFor parallel, void* pool);
+
 // Strides are in floats. Heads lie side by side in a row of q (distance d); k and v say where theirs lie.
 struct AttentionShape {
   int64_t batch, heads, tq, tk, d;

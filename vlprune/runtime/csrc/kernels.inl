@@ -4,8 +4,10 @@
 //   constexpr int W                         floats of a vector; then vectors.inl: F, FU, I, Lanes
 //   struct Quad; Quad quad(const float*), quad(const uint16_t*)   four weights, halves widened
 //   template <int U> F lane(Quad)           weight U in every lane
+//   F widened(const uint16_t*)              W halves
 //   constexpr int kVectors, kVectorsGrouped, kRowTokens           see KernelSet
 //   constexpr int kChains                   independent additions that keep the processor busy
+//   constexpr int kHalfSums                 sums of a dense layer that fit the registers, a multiple of 4 and of W
 //   constexpr int kHeadRows, kHeadVectors   the block of the attention products that fits the registers
 //   constexpr bool kHalves; H, HU           half vectors are half the work; a vector of W / 2 floats, without alignment
 //   H low(F)                                its first half
@@ -137,6 +139,18 @@ inline void transpose_block(F (&block)[W]) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) block[i] = other[i];
   }
+}
+
+// The sum of each of W vectors, side by side; they are overwritten.
+inline F totals(F (&sums)[W]) {
+  for (int left = W / 2; left >= 1; left /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < left; ++i) {
+      F low, high;
+      zip(sums[i], sums[i + left], &low, &high, Lanes());
+      sums[i] = low + high;
+    }
+  return sums[0];
 }
 
 // `count` <= W floats of a row, zeros after them.
@@ -562,6 +576,91 @@ void row(const SparseWeights& w, int64_t panel, const float* x, int tokens, cons
         store_part(y + to, out, width);
     }
   }
+}
+
+// --- dense layers of halves -------------------------------------------------------------------------------------------
+
+// Products of R rows of weights with TOKENS rows of x, each spread over a vector: sums[t][r]. Each is added up in CHAINS
+// parts, which keep the processor busy.
+template <int R, int TOKENS, int CHAINS>
+inline void half_products(const uint16_t* const (&weights)[R], const float* const (&x)[TOKENS], int64_t K,
+                          F (&sums)[TOKENS][R]) {
+  F parts[CHAINS][TOKENS][R];
+#pragma GCC unroll 16
+  for (int c = 0; c < CHAINS; ++c)
+#pragma GCC unroll 16
+    for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) parts[c][t][r] = F{};
+  auto step = [&](int64_t k, F (&to)[TOKENS][R]) {
+    F input[TOKENS];
+#pragma GCC unroll 16
+    for (int t = 0; t < TOKENS; ++t) input[t] = load(x[t] + k);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(weights[r] + k) + kAheadBytes);
+      const F weight = widened(weights[r] + k);
+#pragma GCC unroll 16
+      for (int t = 0; t < TOKENS; ++t) to[t][r] += weight * input[t];
+    }
+  };
+  int64_t k = 0;
+  for (; k + CHAINS * W <= K; k += CHAINS * W) {
+#pragma GCC unroll 16
+    for (int c = 0; c < CHAINS; ++c) step(k + c * W, parts[c]);
+  }
+  for (; k + W <= K; k += W) step(k, parts[0]);
+  if (const int64_t rest = K - k)
+    for (int r = 0; r < R; ++r) {
+      uint16_t part[W] = {};
+      __builtin_memcpy(part, weights[r] + k, rest * sizeof *part);
+      for (int t = 0; t < TOKENS; ++t) parts[0][t][r] += widened(part) * load_part(x[t] + k, rest);
+    }
+#pragma GCC unroll 16
+  for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      sums[t][r] = parts[0][t][r];
+#pragma GCC unroll 16
+      for (int c = 1; c < CHAINS; ++c) sums[t][r] += parts[c][t][r];
+    }
+}
+
+// Outputs of up to kHalfSums / TOKENS rows from n on, for TOKENS tokens from t on; those before n1 and t1 are written.
+template <int R, int TOKENS, int CHAINS>
+inline void half_block(const HalfWeights& w, int64_t n, int64_t n1, const float* x, int64_t t, int64_t t1, float* y) {
+  constexpr int kRows = kHalfSums / TOKENS;
+  const float* inputs[TOKENS];
+  for (int i = 0; i < TOKENS; ++i) inputs[i] = x + least(t + i, t1 - 1) * w.K;
+  F sums[TOKENS][kRows];
+  for (int r = 0; r < kRows; r += R) {
+    const uint16_t* weights[R];
+    for (int i = 0; i < R; ++i) weights[i] = w.values + least(n + r + i, n1 - 1) * w.K;
+    F products[TOKENS][R];
+    half_products<R, TOKENS, CHAINS>(weights, inputs, w.K, products);
+    for (int i = 0; i < TOKENS; ++i)
+      for (int j = 0; j < R; ++j) sums[i][r + j] = products[i][j];
+  }
+  float outputs[TOKENS][kRows];
+  for (int first = 0; first < kHalfSums; first += W) {
+    F some[W];
+    for (int i = 0; i < W; ++i) some[i] = (&sums[0][0])[first + i];
+    store(&outputs[0][0] + first, totals(some));
+  }
+  const int64_t rows = least(n1 - n, kRows), tokens = least(t1 - t, TOKENS);
+  for (int64_t i = 0; i < tokens; ++i)
+    for (int64_t r = 0; r < rows; ++r) y[(t + i) * w.N + n + r] = outputs[i][r] + (w.bias ? at(w.bias + n + r) : 0.f);
+}
+
+// Few tokens wait for the weights, which come row after row; many for the additions.
+void half_rows(const HalfWeights& w, int64_t n0, int64_t n1, const float* x, int64_t tokens, float* y) {
+  if (tokens == 1)
+    for (int64_t n = n0; n < n1; n += kHalfSums) half_block<1, 1, 4>(w, n, n1, x, 0, 1, y);
+  else if (tokens <= 4)
+    for (int64_t n = n0; n < n1; n += kHalfSums / 4) half_block<1, 4, 2>(w, n, n1, x, 0, tokens, y);
+  else
+    for (int64_t t = 0; t < tokens; t += 4)
+      for (int64_t n = n0; n < n1; n += kHalfSums / 4) half_block<kHalfSums / 4, 4, 1>(w, n, n1, x, t, tokens, y);
 }
 
 // --- attention --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ using H = F;  // halves cost what wholes do
 using HU = FU;
 
 constexpr int kVectors = 8, kVectorsGrouped = 2, kRowTokens = 4, kChains = 8;
+constexpr int kHalfSums = 8;
 constexpr int kHeadRows = 6, kHeadVectors = 2;
 
 constexpr bool kHalves = false;
@@ -31,6 +32,10 @@ inline Quad quad(const uint16_t* p) {
 template <int U>
 inline F lane(Quad w) {
   return _mm256_permute_ps(w.v, U * 0x55);
+}
+
+inline F widened(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
 inline F at_least(F x, float low) { return _mm256_max_ps(_mm256_set1_ps(low), x); }
@@ -56,7 +61,7 @@ inline bool look_up_panel(const SparseWeights&, int64_t, const T*, const float*,
 }  // namespace
 
 const KernelSet kAvx2 = {"avx2", W, kVectors, kVectorsGrouped, kRowTokens, normalise, transpose,
-    accumulate, activate, finish, row, head, head_floats};
+    accumulate, activate, finish, row, half_rows, head, head_floats};
 
 }  // namespace vlprune
 #endif

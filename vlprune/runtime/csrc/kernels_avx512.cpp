@@ -17,6 +17,7 @@ typedef float HU __attribute__((vector_size(32), aligned(1), may_alias));
 constexpr int kVectors = 4, kVectorsGrouped = 4, kRowTokens = 4, kChains = 8;
 constexpr bool kHalves = true;
 inline H low(F v) { return _mm512_castps512_ps256(v); }
+constexpr int kHalfSums = 16;
 constexpr int kHeadRows = 6, kHeadVectors = 4;
 
 struct Quad {
@@ -29,6 +30,10 @@ inline Quad quad(const uint16_t* p) {
 template <int U>
 inline F lane(Quad w) {
   return _mm512_permute_ps(w.v, U * 0x55);
+}
+
+inline F widened(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
 inline F at_least(F x, float low) { return _mm512_max_ps(_mm512_set1_ps(low), x); }
@@ -107,8 +112,7 @@ bool look_up_panel(const SparseWeights& w, int64_t panel, const T*, const float*
   for (int64_t i = 0; i < n; i += W) {
     F block[W], sum = w.bias ? n - i >= W ? load(w.bias + n0 + i) : load_part(w.bias + n0 + i, n - i) : F{};
     for (int64_t r = 0; r < W; ++r) block[r] = i + r < n ? load(sums + (i + r) * W) : F{};
-    transpose_block(block);
-    for (int r = 0; r < W; ++r) sum += block[r];
+    sum += totals(block);
     n - i >= W ? store(sums + i, sum) : store_part(sums + i, sum, n - i);  // over rows that have been read
   }
   return true;
@@ -117,7 +121,7 @@ bool look_up_panel(const SparseWeights& w, int64_t panel, const T*, const float*
 }  // namespace
 
 const KernelSet kAvx512 = {"avx512", W, kVectors, kVectorsGrouped, kRowTokens, normalise, transpose,
-    accumulate, activate, finish, row, head, head_floats};
+    accumulate, activate, finish, row, half_rows, head, head_floats};
 
 }  // namespace vlprune
 #endif

@@ -19,6 +19,7 @@ constexpr int kVectors = 8, kVectorsGrouped = 2, kRowTokens = 4, kChains = 8;
 constexpr int kHeadRows = 6, kHeadVectors = 2;
 #endif
 
+constexpr int kHalfSums = 8;
 constexpr bool kHalves = false;
 inline H low(F v) { return v; }
 
@@ -32,6 +33,7 @@ inline Quad quad(const uint16_t* p) {
   __builtin_memcpy(half, p, sizeof half);
   return {F{widen(half[0]), widen(half[1]), widen(half[2]), widen(half[3])}};
 }
+inline F widened(const uint16_t* p) { return quad(p).v; }
 template <int U>
 inline F lane(Quad w) {
 #if defined(VLPRUNE_NO_SHUFFLEVECTOR)
@@ -62,6 +64,6 @@ inline bool look_up_panel(const SparseWeights&, int64_t, const T*, const float*,
 }  // namespace
 
 const KernelSet kPortable = {"portable", W, kVectors, kVectorsGrouped, kRowTokens, normalise, transpose,
-    accumulate, activate, finish, row, head, head_floats};
+    accumulate, activate, finish, row, half_rows, head, head_floats};
 
 }  // namespace vlprune

@@ -185,8 +185,7 @@ class Node {
     return size > 1;
   }
 
-  // A vector of constants.
-  Tensor constant(size_t index, const char* name, int type, int other_type = kAny) const {
+  Tensor constant(size_t index, const char* name, int type, int other_type = kAny, size_t rank = 1) const {
     if (!has(index)) refuse(kInvalidGraph, "input %s is missing", name);
     int is_constant = 0;
     const OrtValue* value = nullptr;
@@ -198,8 +197,9 @@ class Node {
     if (tensor.type != type && (other_type == kAny || tensor.type != other_type))
       refuse(kInvalidGraph, "input %s is %s, must be %s%s%s", name, type_name(tensor.type), type_name(type),
              other_type == kAny ? "" : " or ", other_type == kAny ? "" : type_name(other_type));
-    if (tensor.shape.rank != 1)
-      refuse(kInvalidGraph, "input %s has shape %s, must have one dimension", name, tensor.shape.text().c_str());
+    if (tensor.shape.rank != rank)
+      refuse(kInvalidGraph, "input %s has shape %s, must have %s", name, tensor.shape.text().c_str(),
+             rank == 1 ? "one dimension" : "two dimensions");
     return tensor;
   }
 
@@ -577,6 +577,43 @@ class SparseMlp {
   bool residual_;
 };
 
+// A dense layer of halves.
+class HalfLinear {
+ public:
+  static constexpr const char* kName = "HalfLinear";
+  enum Input : size_t { kX, kWeight, kBias, kInputs };
+
+  static int input_type(size_t index) { return index == kWeight ? kFloat16 : kFloat; }
+  static int characteristic(size_t index) { return index == kBias ? kOptional : kRequired; }
+
+  explicit HalfLinear(const Node& node) {
+    weights_.K = features(node, "in_features");
+    weights_.N = features(node, "out_features");
+    const Tensor weight = node.constant(kWeight, "weight", kFloat16, kAny, 2);
+    if (!(weight.shape == Shape{{weights_.N, weights_.K}, 2}))
+      refuse(kInvalidGraph, "input weight has shape %s, must have [%lld, %lld]", weight.shape.text().c_str(),
+             static_cast<long long>(weights_.N), static_cast<long long>(weights_.K));
+    weights_.values = static_cast<const uint16_t*>(weight.data);
+    if (!node.has(kBias)) return;
+    const Tensor bias = node.constant(kBias, "bias", kFloat);
+    if (bias.shape.dims[0] != weights_.N)
+      refuse(kInvalidGraph, "input bias has %lld elements, must have %lld", static_cast<long long>(bias.shape.dims[0]),
+             static_cast<long long>(weights_.N));
+    weights_.bias = bias.floats();
+  }
+
+  void compute(Run& run) const {
+    run_layers(run, weights_.K, weights_.N, kInputs, false, [&](const float* x, int64_t tokens, const float*, float* y) {
+      half_linear(weights_, x, tokens, y, Run::parallel, &run);
+    });
+  }
+
+  static void infer(const OrtApi* api, OrtShapeInferContext* context) { SparseLinear::infer(api, context); }
+
+ private:
+  HalfWeights weights_{};
+};
+
 // --- Attention -------------------------------------------------------------------------------------------------------
 
 class Attention {
@@ -792,15 +829,16 @@ Operator operator_of(const OrtApi* api, bool infers_shapes) {
 // The operators and their domain, which sessions keep pointers to: made once and never released. One per table of
 // functions, because a process can hold two ONNX Runtimes.
 struct Operators {
-  Operator sparse_linear, sparse_mlp, attention;
+  Operator sparse_linear, sparse_mlp, half_linear, attention;
   OrtCustomOpDomain* domain = nullptr;
 
   Operators(const OrtApi* api, bool infers_shapes)
       : sparse_linear(operator_of<SparseLinear>(api, infers_shapes)),
         sparse_mlp(operator_of<SparseMlp>(api, infers_shapes)),
+        half_linear(operator_of<HalfLinear>(api, infers_shapes)),
         attention(operator_of<Attention>(api, infers_shapes)) {
     check(CreateCustomOpDomain(api, "vlprune", &domain));
-    for (const Operator* op : {&sparse_linear, &sparse_mlp, &attention})
+    for (const Operator* op : {&sparse_linear, &sparse_mlp, &half_linear, &attention})
       if (OrtStatus* status = CustomOpDomain_Add(api, domain, op)) {
         ReleaseCustomOpDomain(api, domain);
         check(status);
