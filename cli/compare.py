@@ -29,13 +29,13 @@ def compare(a: o.ReportA, b: o.ReportB, markdown: o.Markdown = False, json: o.Js
         from vlprune.report.terminal import console, table
 
         screen = console()
-        for note in found["notes"]:
-            screen.print(note, markup=False)
+        for note in (f"A is {a}, B is {b}.", *found["notes"]):
+            screen.print(note, markup=False, soft_wrap=True)
         for title, rows in tables(found).items():
             screen.print(table(title, rows, text_columns=len(rows[0]) - 4))
 
     def render_markdown(_: object) -> None:
-        blocks = ["# A and B", *found["notes"]]
+        blocks = [f"# A is `{a}`, B is `{b}`", *found["notes"]]
         for title, rows in tables(found).items():
             blocks += [f"## {title}", markdown_table(rows)]
         print("\n\n".join(blocks))

@@ -36,7 +36,7 @@ def show_fields(value: Any) -> None:
     Args:
         value: a dictionary, or a list of dictionaries with the same keys.
     """
-    from vlprune.report.terminal import console, table
+    from vlprune.report.terminal import console, table, written
 
     screen = console()
     if isinstance(value, list):
@@ -48,4 +48,4 @@ def show_fields(value: Any) -> None:
         elif isinstance(item, dict) and item:
             screen.print(table(key, [{"name": name, "value": entry} for name, entry in item.items()]))
         else:
-            screen.print(f"{key}: {item}", markup=False, highlight=False)
+            screen.print(f"{key}: {written(item)}", markup=False, highlight=False)

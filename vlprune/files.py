@@ -33,7 +33,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        except FileNotFoundError as error:  # what /proc says, where nothing can be written
+            raise PermissionError(EACCES, "no file can be made there") from error
     temporary = holder / path.name
     try:
         with disk_errors(path):

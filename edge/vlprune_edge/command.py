@@ -12,6 +12,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from errno import EDQUOT, ENOSPC
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 141
+    except OSError as error:
+        with suppress(OSError):
+            sys.stdout.flush()  # what a full disk still holds back would fail once more on exit
+        _drop_stdout()
+        if error.errno in (ENOSPC, EDQUOT):
+            print("error: no space left on the disk: free some, or choose another --output", file=sys.stderr)
+            return 3
+        named = f"cannot use {error.filename}" if error.filename else "cannot read or write"
+        print(f"error: {named} ({error.strerror}): check the path", file=sys.stderr)
+        return 2
     return 0
+
+
+def _drop_stdout() -> None:
+    """Python flushes stdout once more on exit: give it somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"vlprune-edge {version('vlprune-edge')}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, what: str, call: Callable[[Any], None]) -> argparse.ArgumentParser:
@@ -166,6 +184,8 @@ def _each(given: Any, compute: Callable[..., Any], graphs: Sequence[str] | None)
     paths = _images(given.image)
     if given.output is not None and not given.output.parent.is_dir():
         raise RequestError(f"{given.output.parent} is no folder: choose another --output")
+    if given.output is not None and given.output.is_dir():
+        raise RequestError(f"{given.output} is a folder: name a file, as in --output found.jsonl")
     bundle = _open(given, graphs)
     lines = given.json or compute is _embed_image or given.output is not None
     with _Lines(given.output) as out:
@@ -226,10 +246,11 @@ class _Lines:
     def __exit__(self, kind: object, *rest: object) -> None:
         if self.path is None:
             return
-        self.file.close()
-        if kind is None:
-            self.temporary.replace(self.path)
-        else:
+        try:
+            self.file.close()  # writes the rest, for which there may be no space
+            if kind is None:
+                self.temporary.replace(self.path)
+        finally:
             self.temporary.unlink(missing_ok=True)
 
 

@@ -176,6 +176,9 @@ def test_the_command(edge, cases, scenes, answers, tmp_path):
         (["caption", "PHOTO", "--bundle", "PHOTO"], 2, "is no intact bundle"),
         (["caption", "PHOTO", "--bundle", "CAPTIONS", "--public-key", "PHOTO"], 2, "is not signed"),
         (["classify", "PHOTO", "--bundle", "CLASSES", "--classes", "a,b"], 2, "knows its own classes only"),
+        (["caption", "PHOTO", "--bundle", "CAPTIONS", "--output", "/tmp"], 2, "/tmp is a folder: name a file"),
+        (["caption", "PHOTO", "--bundle", "CAPTIONS", "--output", "/proc/x"], 2, "choose another --output"),
+        (["caption", "PHOTO", "--bundle", "/"], 2, "there is no file /"),
     ],
 )
 def test_refusals_are_one_line(edge, cases, scenes, arguments, code, message):
@@ -184,6 +187,14 @@ def test_refusals_are_one_line(edge, cases, scenes, arguments, code, message):
     done = run_edge(edge, *[names.get(word, word) for word in arguments])
     assert done.returncode == code and message in done.stderr and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(edge, cases, scenes):
+    command = [edge / "vlprune-edge", "caption", scenes[0], "--bundle", cases["captioning"]["bundle"]]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 3
+    assert done.stderr == "error: no space left on the disk: free some, or choose another --output\n"
 
 
 def test_without_the_operators_packed_bundles_are_refused(edge, cases, scenes):

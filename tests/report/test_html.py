@@ -18,7 +18,7 @@ from vlprune.report.schema import validate_report
 from vlprune.report.write import write_report
 
 
-VOID = {"meta", "link", "img"}
+VOID = {"meta", "link", "img", "wbr"}
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}\u202e\x00"
 
 
@@ -36,7 +36,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        self.text += " "
+        self.text += "" if tag == "wbr" else " "
         if tag not in VOID:
             self.open.append(tag)
 

@@ -191,7 +191,8 @@ class Reader:
         try:
             self._ready += self._decoder.decompress(fed)
         except zstandard.ZstdError as error:
-            raise self.refusal(f"zstd says {' '.join(str(error).split())[:200]}") from error
+            text = " ".join(str(error).split())[:200]
+            raise self.refusal("it is no zstd file" if "Unknown frame" in text else f"zstd says {text}") from error
         return bool(fed)
 
     def _unlike(self, found: bytes, wanted: str | None) -> RequestError:
@@ -223,7 +224,8 @@ def opened(path: Path | str) -> Iterator[Reader]:
     """
     path = Path(path)
     if not path.is_file():
-        raise RequestError(f"there is no file {path}: check the path")
+        folder = f" ({path.name} is a folder)" if path.is_dir() else ""
+        raise RequestError(f"there is no file {path}{folder}: check the path")
     try:
         file = path.open("rb", buffering=0)
     except OSError as error:

@@ -43,7 +43,8 @@ def load_image(path: Path | str, thumbnail: bool = False) -> Image.Image:
     except BrokenImageError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on malformed files
-        text = "no image in a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        text = getattr(error, "strerror", None) or str(error)
+        text = "no image in a known format" if isinstance(error, UnidentifiedImageError) else text
         raise BrokenImageError(text or type(error).__name__) from error
 
 

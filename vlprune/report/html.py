@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from vlprune.report import scales, sheets
 from vlprune.report.schema import Metrics, Report, Sample, Throughput, Variant
@@ -51,6 +51,7 @@ def render_html(report: Report, folder: Path | None = None, samples: bool = True
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     random = report["model"]["random_weights"]
     tables = [
         *([] if random else [sheets.precision_sheet(report), *sheets.task_sheets(report)]),
@@ -87,6 +88,11 @@ def _clean(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return "".join("\ufffd" if _controls(character) else character for character in value)
     return value
+
+
+def _breakable(value: Any) -> Markup:
+    """Let a long name go on in the next line after its dots and slashes, rather than in the middle of a word."""
+    return Markup(re.sub(r"([./])", r"\1<wbr>", str(escape(_clean(value)))))
 
 
 def _controls(character: str) -> bool:

@@ -257,7 +257,7 @@ def environment_lines(report: Report) -> list[tuple[str, str]]:
         ("Python", machine["python"]),
         ("torch", machine["torch"] or "absent"),
         ("onnxruntime", f"{machine['onnxruntime'] or 'absent'} ({providers})"),
-        ("Processor", f"{machine['cpu']}, {machine['threads']} threads"),
+        ("Processor", f"{machine['cpu']}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"),
         ("GPU", f"{machine['gpu']} (driver {machine['driver']})" if machine["gpu"] else "none"),
     ]
 

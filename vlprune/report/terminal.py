@@ -52,9 +52,12 @@ def table(caption: str, rows: Sequence[Mapping[str, Any]], text_columns: int | N
         numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
         if text_columns is not None:
             numeric = index >= text_columns
-        grid.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+        # rich narrows the widest columns, which tears names apart; those of variants stand first
+        whole = index == 0 and max((len(written(row.get(column))) for row in rows), default=0) <= 30
+        justify = "right" if numeric else "left"
+        grid.add_column(Text(column), justify=justify, overflow="fold", no_wrap=whole)
     for row in rows:
-        grid.add_row(*(Text(_text(row.get(column))) for column in columns))
+        grid.add_row(*(Text(written(row.get(column))) for column in columns))
     return grid
 
 
@@ -124,7 +127,15 @@ def print_report(report: Report, screen: Console | None = None) -> None:
             screen.print(note)
 
 
-def _text(value: Any) -> str:
+def written(value: Any) -> str:
+    """Write a value for people.
+
+    Args:
+        value: as it stands in a result.
+
+    Returns:
+        str: figures rounded and grouped, lists joined.
+    """
     if value is None:
         return "–"
     if isinstance(value, bool):
