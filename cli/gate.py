@@ -1,11 +1,12 @@
 """`vlprune gate`: hold a report against limits."""
 
 import os
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 from vlprune.cli import options as o
 from vlprune.cli.show import show
-from vlprune.errors import GateError, RequestError
+from vlprune.errors import GateError, MachineError, RequestError
 
 
 def gate(
@@ -88,4 +89,5 @@ def _append(path: Path, text: str) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise RequestError(f"cannot write {path} ({error.strerror}), named by $GITHUB_STEP_SUMMARY") from error
+        kind = MachineError if error.errno in (ENOSPC, EDQUOT) else RequestError
+        raise kind(f"cannot write {path} ({error.strerror}), named by $GITHUB_STEP_SUMMARY") from error

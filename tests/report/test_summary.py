@@ -104,3 +104,12 @@ def test_timings_on_a_gpu_tell_where_nodes_ran_and_what_tensorrt_chose(report: d
     assert "(power cap)" in clocks and "0 of 48 layers" in sparse and "not faster" in sparse
     row["sparse_layers"] = {"eligible": 48, "chosen": 2}
     assert gpu_notes(report)[-1].endswith("sparse tensor cores; faster than dense.")
+
+
+def test_graphs_that_were_not_scored_are_told(report: dict[str, Any]) -> None:
+    assert not any("Not scored" in note for note in notes(report))
+    report["metrics"] = [row for row in report["metrics"] if row["runtime"] == "pytorch"]
+    (told,) = [note for note in notes(report) if "Not scored" in note]
+    assert "graphs of vqa." in told and "run vlprune validate" in told
+    report["model"]["random_weights"], report["metrics"] = True, []
+    assert not any("Not scored" in note for note in notes(report))

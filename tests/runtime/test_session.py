@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,3 +251,10 @@ def test_graph_that_asks_for_too_much_memory(write: Write, capfd: pytest.Capture
         OnnxGraph(session(path), "bomb")({"x": np.zeros(1, np.float32)})
     one_line(error)
     assert capfd.readouterr() == ("", "")
+
+
+def test_onnxruntime_leaves_no_trace_of_the_user(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-c", "import vlprune.runtime.session"]
+    subprocess.run(command, env=environment | {"TMPDIR": str(tmp_path)}, check=True)
+    assert list(tmp_path.iterdir()) == []

@@ -272,7 +272,8 @@ def notes(report: Report) -> list[str]:
 
     Returns:
         list[str]: a paragraph on structured pruning, unstructured zeros, packed graphs, dynamic int8, other precisions,
-            disturbed timings, as far as it has them; a warning for each graph that lost too much; and `gpu_notes`.
+            disturbed timings, as far as it has them; what was exported and not scored; a warning for each graph that
+            lost too much; and `gpu_notes`.
     """
     said = {
         STRUCTURED: has_structured(report),
@@ -284,7 +285,27 @@ def notes(report: Report) -> list[str]:
         STATIC: any(precision.startswith("int8") for precision in precisions(report)),
         DISTURBED: any("note" in row for row in report["throughput"]),
     }
-    return [text for text, wanted in said.items() if wanted] + far_graphs(report) + gpu_notes(report)
+    told = [text for text, wanted in said.items() if wanted]
+    return told + unscored_graphs(report) + far_graphs(report) + gpu_notes(report)
+
+
+def unscored_graphs(report: Report) -> list[str]:
+    """Say which tasks have graphs that were not scored, as after `vlprune export` alone.
+
+    Args:
+        report: a valid report.
+
+    Returns:
+        list[str]: a sentence; none where all were, or where there is nothing to score.
+    """
+    scored = {(row["variant"], row["task"], packing(row)) for row in report["metrics"] if row["runtime"] != "pytorch"}
+    tasks = {row["task"]: None for row in report["graphs"] if (row["variant"], row["task"], packing(row)) not in scored}
+    if report["model"]["random_weights"] or not tasks:
+        return []
+    return [
+        f"Not scored since they were exported: graphs of {', '.join(tasks)}. Scores in ONNX Runtime, timings and "
+        "samples of older graphs are left out: run vlprune validate."
+    ]
 
 
 def gpu_notes(report: Report) -> list[str]:

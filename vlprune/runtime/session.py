@@ -15,6 +15,7 @@ from . import operators
 from .generate import Arrays
 
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # 1.31 leaves a number that tells users apart in TMPDIR
 try:
     import onnxruntime
 except ImportError as error:
