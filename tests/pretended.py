@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -150,7 +149,9 @@ class Autocast(TorchFunctionMode):
         if (name in LOWER or name in FULL) and torch.is_autocast_enabled("cuda"):
             lower = torch.get_autocast_dtype("cuda")
             old, new = (torch.float32, lower) if name in LOWER else (lower, torch.float32)
-            args, kwargs = tree_map_only(OnDevice, lambda x: x.to(new) if x.dtype == old else x, (args, kwargs))
+            args, kwargs = mapped(
+                lambda x: x.to(new) if isinstance(x, OnDevice) and x.dtype == old else x, (args, kwargs)
+            )
         if func is Tensor.backward:  # runs checkpointed layers again, with the casts
             with self:
                 _engine_run_backward((args[0],), (torch.ones_like(args[0]),), False, False, (), True, True)
@@ -158,9 +159,24 @@ class Autocast(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply a function to the tensors in lists, tuples and dicts; PyTorch's own way takes a third of all the time."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)([mapped(function, x) for x in tree])
+    return {key: mapped(function, x) for key, x in tree.items()} if type(tree) is dict else tree
+
+
+def value_of(tensor: Tensor) -> Tensor:
+    """The tensor behind one of the device."""
+    return tensor.value if isinstance(tensor, OnDevice) else tensor
+
+
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the values, after a look at the devices."""
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    tensors: list[Tensor] = []
+    mapped(tensors.append, (args, kwargs))
     wanted = kwargs.get("device")
     asked = wanted is not None and torch.device(wanted).type == "cuda"
     if func is aten.scalar_tensor.default and torch.device(wanted or "cpu").type == "meta":
@@ -180,7 +196,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": CPU}
     kwargs.pop("pin_memory", None)
     wrappers = {id(x.value): x for x in ours}
-    values = tree_map_only(OnDevice, lambda x: x.value, (args, kwargs))
+    values = mapped(value_of, (args, kwargs))
     with torch.inference_mode(False):  # there, views of parameters could not be wrapped
         found = func(*values[0], **values[1])
     if leaves or func is aten._local_scalar_dense.default:
@@ -192,7 +208,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return wrappers[id(tensor)]
         return tensor if id(tensor) in here else OnDevice(tensor)
 
-    return tree_map_only(Tensor, wrapped, found)
+    return mapped(wrapped, found)
 
 
 def _check(func: Any, args: Any, tensors: list[Tensor], ours: list[OnDevice]) -> None:
@@ -218,7 +234,7 @@ def _check(func: Any, args: Any, tensors: list[Tensor], ours: list[OnDevice]) ->
 
 
 def _on_device(state: Any) -> Any:
-    return tree_map_only(Tensor, OnDevice, state)
+    return mapped(OnDevice, state)
 
 
 def _everywhere(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,7 +254,7 @@ class _Saved:
         self._save, self._load = torch.save, torch.load
 
     def save(self, state: Any, *args: Any, **kwargs: Any) -> None:
-        self._save(tree_map_only(OnDevice, lambda x: x.detach().value, state), *args, **kwargs)
+        self._save(mapped(lambda x: value_of(x.detach()), state), *args, **kwargs)
 
     def load(self, file: Any, map_location: Any = None, **kwargs: Any) -> Any:
         state = self._load(file, map_location="cpu", **kwargs)
