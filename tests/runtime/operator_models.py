@@ -413,6 +413,7 @@ ATTENTIONS: list[dict[str, Any]] = [  # batch, heads, tq, tk, d
     {"B": 3, "H": 2, "Tq": 1, "Tk": 35, "D": 16},
     {"B": 2, "H": 2, "Tq": 17, "Tk": 33, "D": 48},
     {"B": 1, "H": 1, "Tq": 70, "Tk": 3, "D": 20},
+    {"B": 2, "H": 2, "Tq": 1, "Tk": 197, "D": 20},
 ]
 
 

@@ -754,6 +754,25 @@ size_t head_floats(const AttentionShape& s) {
   return s.d * z.keys + s.tk * z.wide + kHeadRows * (s.d + z.keys + z.wide);
 }
 
+// The products of one query [d] with all keys, read where they lie; the values, which are needed next, are fetched.
+void one_query(const AttentionShape& s, const float* query, const float* k, const float* v, float* scores) {
+  for (int64_t t = 0; t < s.tk; t += W) {
+    F sums[W];
+    for (int j = 0; j < W; ++j) {
+      sums[j] = F{};
+      if (t + j >= s.tk) continue;
+      const float* key = k + (t + j) * s.k_token;
+      for (int64_t i = 0; i < s.d; i += W) {
+        __builtin_prefetch(key + i + W * s.k_token);
+        __builtin_prefetch(v + (t + j) * s.v_token + i);
+        const int64_t width = least(W, s.d - i);
+        sums[j] += load_part(query + i, width) * load_part(key + i, width);
+      }
+    }
+    store(scores + t, totals(sums));
+  }
+}
+
 void head(const AttentionShape& s, const float* q, const float* k, const float* v, const float* bias, float* out,
           float* memory) {
   const int64_t apart = s.heads * s.d;  // from a row of `out` to the next
@@ -770,7 +789,7 @@ void head(const AttentionShape& s, const float* q, const float* k, const float* 
   float* outputs = scores + kHeadRows * z.keys;
 
   // Rows far apart fall on the same lines of the cache: what is read once per query block is copied together first.
-  for (int64_t t = 0; t < s.tk; t += W) {
+  for (int64_t t = 0; t < s.tk && s.tq > 1; t += W) {
     const int64_t rows = least(W, s.tk - t);
     for (int64_t i = 0; i < s.d; i += W) {
       const int64_t width = least(W, s.d - i);
@@ -810,7 +829,10 @@ void head(const AttentionShape& s, const float* q, const float* k, const float* 
         }
         queries[r * s.d + i] = s.scale * q[(t + r) * s.q_token + i];
       }
-    product(rows, queries, s.d, keys, z.keys, s.d, scores, z.keys, z.keys / W);
+    if (s.tq == 1)
+      one_query(s, queries, k, v, scores);
+    else
+      product(rows, queries, s.d, keys, z.keys, s.d, scores, z.keys, z.keys / W);
     float inverse[kHeadRows];
     for (int64_t r = 0; r < rows; ++r) {
       if (bias) {
