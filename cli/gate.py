@@ -9,6 +9,9 @@ from vlprune.cli.show import show
 from vlprune.errors import GateError, MachineError, RequestError
 
 
+WIDE = 120  # columns of a terminal; in fewer a table would fold every cell
+
+
 def gate(
     report: o.Report,
     limits: o.Limits = None,
@@ -74,7 +77,15 @@ def gate(
         for variant in dict.fromkeys(check.variant for check in checks):
             rows = results.rows([check for check in checks if check.variant == variant])
             shown = [{key: cell for key, cell in row.items() if key != "variant"} for row in rows]
-            screen.print(table(variant, shown, text_columns=6))
+            if screen.width >= WIDE:
+                screen.print(table(variant, shown, text_columns=6))
+                continue
+            screen.print(variant, style="bold", markup=False)
+            for row in shown:
+                where = ", ".join(filter(None, (row["of"], row["measured"])))
+                screen.print(
+                    f"  {row['']}: {row['limit']} ({where}): {row['found']}; allowed: {row['allowed']}", markup=False
+                )
         if passed:
             screen.print(verdict, markup=False)
 

@@ -4,7 +4,7 @@ import typer
 
 from vlprune.cli import options as o
 from vlprune.cli.show import show
-from vlprune.errors import MachineError, RequestError
+from vlprune.errors import MachineError, ProblemsError, RequestError
 
 
 app = typer.Typer(
@@ -40,7 +40,10 @@ def validate(file: o.RecipeFile, json: o.Json = False) -> None:
                 "installed: pip install 'vlprune[cpu]' adds what is missing"
             ) from error
         found = {"ratios": list(o.RATIOS)} | recipes.arguments(chosen)
-        resolved = pipeline.compress(output=".", dry_run=True, **found)
+        try:
+            resolved = pipeline.compress(output=".", dry_run=True, **found)
+        except RequestError as error:
+            raise ProblemsError(str(file), getattr(error, "problems", [str(error)])) from error
     except RequestError as error:
         if json:
             show({"recipe": str(file), "valid": False, "problems": getattr(error, "problems", [str(error)])}, True)

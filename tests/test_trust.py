@@ -38,7 +38,7 @@ LIMITS = """
 min_sparsity: 0.3
 max_metric_drop: {vqa: 15}
 max_abs_diff: 1e-3
-max_bytes: 20 MB
+max_bytes: 25 MB
 required_providers: cpu
 """
 TUNED = "multiflow-0.3-finetuned"
