@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("error: no space left on the disk: free some, or choose another --output", file=sys.stderr)
             return 3
         named = f"cannot use {error.filename}" if error.filename else "cannot read or write"
-        print(f"error: {named} ({error.strerror}): check the path", file=sys.stderr)
+        print(f"error: {named} ({error.strerror or error}): check the path", file=sys.stderr)
         return 2
     return 0
 
@@ -297,7 +297,8 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
     for key, value in found.items():
-        rows = value if isinstance(value, list) else [value]
+        names = isinstance(value, list) and all(isinstance(row, str) and " " not in row for row in value)
+        rows = [", ".join(value)] if names else value if isinstance(value, list) else [value]
         for row in rows:
             text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
             print(f"{key}: {''.join(c if c.isprintable() else ' ' for c in text)}")
