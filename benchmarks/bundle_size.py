@@ -27,8 +27,7 @@ FORMS: dict[str, tuple[str | None, dict[str, Any], float | None]] = {
     "masks, fp32": (None, {"packed": False}, None),
     "packed, fp32": ("fp32", {}, 0.23),
     "packed, fp32, embeddings fp16": ("fp32", {"embeddings": "fp16"}, None),
-    "packed, fp16": ("fp16", {}, 0.19),
-    "packed, fp16, embeddings fp16": ("fp16", {"embeddings": "fp16"}, 0.135),
+    "packed, fp16": ("fp16", {}, 0.135),  # tables of embeddings, too
 }
 
 
