@@ -26,14 +26,14 @@ from vlprune.exporters.onnx_files import prunable_weights
 from vlprune.exporters.pack import load, save
 from vlprune.exporters.packed_files import copy_others
 from vlprune.exporters.quantize import NOISE, QUANTIZED, static, with_noise, write_dynamic
-from vlprune.exporters.ranges import Ranges
+from vlprune.exporters.ranges import Ranges, open_model
 from vlprune.exporters.simplify import TRANSPOSED
 from vlprune.files import read_json
 from vlprune.models.family import Model
 from vlprune.names import COSINES
 from vlprune.progress import track
 from vlprune.runtime.generate import Arrays, Graph
-from vlprune.runtime.session import OnnxGraph, open_bytes, session
+from vlprune.runtime.session import OnnxGraph, session
 
 
 NOISE_BATCHES = (4, 4)  # samples that the sensitivity of products is measured on
@@ -115,8 +115,9 @@ def _write(
     """Write one graph; open what shows how far it is from PyTorch."""
     if precision == "fp16":
         half = to_half(graph, kept)
+        runs = open_model(rounding(half), threads)  # before the weights go to the file
         save(half, file)
-        return open_bytes(rounding(half).SerializeToString(), threads=threads)
+        return runs
     if precision == "int8-dynamic":
         write_dynamic(graph, file)
     else:
@@ -145,7 +146,7 @@ def _sensitive(
     while waiting:
         for name in waiting:
             quantised = static(load(files[name]), ranges[name], left[name])
-            graphs[name] = OnnxGraph(open_bytes(quantised.SerializeToString(), threads=threads), name)
+            graphs[name] = OnnxGraph(open_model(quantised, threads), name)
         found = compare(reference, graphs, spec, processor, inputs, math.inf)
         waiting = {name for name in waiting if found[name].cosine_min < COSINES["int8-static"]}
         if waiting and not noise:
@@ -171,7 +172,7 @@ def _noise(
     graphs, products = {}, {}
     for name, file in files.items():
         noisy, products[name] = with_noise(load(file), ranges[name])
-        graphs[name] = OnnxGraph(open_bytes(noisy.SerializeToString(), threads=threads), name)
+        graphs[name] = OnnxGraph(open_model(noisy, threads), name)
     sums = {name: {y: np.zeros(2) for y in products[name]} for name in files}
 
     def run(name: str, feeds: Arrays) -> Arrays:

@@ -6,6 +6,7 @@ each value's smallest and largest element is kept; the values themselves are not
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from vlprune.data.sets import Data
+from vlprune.exporters import pack
 from vlprune.exporters.compare import walk
 from vlprune.exporters.fusion import light
 from vlprune.exporters.pack import load
 from vlprune.progress import track
 from vlprune.runtime.generate import Arrays
-from vlprune.runtime.session import OnnxGraph, open_bytes, refusals
+from vlprune.runtime.session import OnnxGraph, open_bytes, refusals, session
 
 
 SAMPLES = 64  # images, each with a text
@@ -75,6 +77,27 @@ def types_of(model: ModelProto) -> dict[str, int]:
     return types | {tensor.name: tensor.data_type for tensor in model.graph.initializer}
 
 
+def open_model(model: ModelProto, threads: int | None = None) -> Any:
+    """Open a graph that is in memory, by a file where it is larger than protobuf can write at once.
+
+    Args:
+        model: its weights included; where they went to the file, they are changed.
+        threads: CPU threads, None = all.
+
+    Returns:
+        Any: onnxruntime.InferenceSession.
+
+    Raises:
+        RequestError: ONNX Runtime refuses the graph.
+    """
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= pack.LIMIT:
+        return open_bytes(model.SerializeToString(), threads=threads)
+    with tempfile.TemporaryDirectory() as folder:  # the session holds on to the files that it has mapped
+        path = Path(folder) / "graph.onnx"
+        pack.save(model, path)
+        return session(path, threads=threads)
+
+
 class _Watched:
     """A graph that also tells the range of every float value.
 
@@ -106,7 +129,7 @@ class _Watched:
             graph.node.append(helper.make_node("ReduceMax", names[1:2], names[3:4], keepdims=0))
             graph.output.extend(helper.make_tensor_value_info(part, TensorProto.FLOAT, []) for part in names[2:])
         with refusals(f"graph {name} cannot be measured"):
-            self._graph = OnnxGraph(open_bytes(model.SerializeToString(), threads=threads), name)
+            self._graph = OnnxGraph(open_model(model, threads), name)
 
     def __call__(self, feeds: Arrays) -> Arrays:
         outputs = self._graph(feeds)

@@ -267,3 +267,18 @@ def test_a_graph_of_nan_is_refused(small, tmp_path):
     (tmp_path / "fp16").mkdir()
     with pytest.raises(MachineError, match="image_encoder.onnx gives NaN or infinity"):
         exporters.convert_task(model, made.folder, tmp_path / "fp16", "fp16", data, data, found, threads=1)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8-static"])
+def test_graphs_larger_than_protobuf_writes_at_once(kind, small, exported, measured, converted, tmp_path, monkeypatch):
+    """The weights go beside the graphs, and nothing else changes."""
+    made, data = exported["retrieval"], make_data("retrieval")
+    expected = {name: row | {"bytes": 0} for name, row in converted("retrieval", kind)[1].items()}
+    monkeypatch.setattr("vlprune.exporters.pack.LIMIT", 2000)
+    monkeypatch.setattr("vlprune.exporters.ranges.open_bytes", None)
+    found = ranges.measure(made.folder, made.spec, small.model.processor, data, 1)
+    assert found == measured("retrieval")
+    rows = exporters.convert_task(small.model, made.folder, tmp_path, kind, data, data, found, threads=1)
+    assert {row["graph"]: row | {"bytes": 0} for row in rows} == expected
+    assert {file.stem for file in tmp_path.glob("*.onnx.data")} == {f"{name}.onnx" for name in expected}
+    assert load_graphs(tmp_path, threads=1).keys() == expected.keys()
