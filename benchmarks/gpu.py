@@ -7,9 +7,10 @@ python benchmarks/gpu.py --only throughput/blip-base-random/structured-0.5 --bat
 python benchmarks/gpu.py --document               # write gpu.md again from gpu.json; needs no GPU
 python benchmarks/gpu.py --quick                  # a tiny model on the CPU: does it run; writes no document
 
-Models have random weights of BLIP-base's, CLIP ViT-B/16's and ViT-L/14's shapes: times and memory mean something,
-accuracy does not. Exported graphs are kept in --work until the model is done. Exit code 1 when a check fails, 3 when
-there is no GPU.
+Pruning and fine-tuning need only a CUDA build of PyTorch; what onnxruntime-gpu or TensorRT would run is left out, with
+the reason, where they do not start. Models have random weights of BLIP-base's, CLIP ViT-B/16's and ViT-L/14's shapes:
+times and memory mean something, accuracy does not. Exported graphs are kept in --work until the model is done. Exit
+code 1 when a check fails, 3 when there is no GPU.
 """
 
 from __future__ import annotations
@@ -247,8 +248,20 @@ def cosine(home: Path, form: str, graph: str, args: argparse.Namespace) -> float
     return difference.cosine_min
 
 
+def lacking(provider: str) -> str | None:
+    """Tell why a provider cannot be measured here."""
+    try:
+        require_provider(provider)
+        check_provider(provider)
+    except MachineError as error:
+        return str(error)
+    return None
+
+
 def throughput(name: str, variant: str, graph: str, args: argparse.Namespace) -> Part:
     """Time a graph in every form: the dense one against itself in fp32, the others against the dense one alike."""
+    if reason := lacking(args.provider):
+        return {"skipped": reason}
     homes = {which: graphs(name, which, args) for which in dict.fromkeys(("dense", variant))}
     spec = read_json(homes["dense"] / "fp32" / "task.json")
     exported = {
@@ -297,6 +310,8 @@ def throughput(name: str, variant: str, graph: str, args: argparse.Namespace) ->
 
 def recorded(name: str, args: argparse.Namespace) -> Part:
     """Time the dense and the cut graphs as CUDA graphs, at small batches, where starting kernels takes its time."""
+    if reason := lacking(args.provider):
+        return {"skipped": reason}
     homes = [graphs(name, variant, args) for variant in VARIANTS[:2]]
     spec, rows = read_json(homes[0] / "fp32" / "task.json"), []
     for graph in GRAPHS:
@@ -317,10 +332,8 @@ def recorded(name: str, args: argparse.Namespace) -> Part:
 
 def tensorrt(name: str, args: argparse.Namespace) -> Part:
     """Time the compressed graphs against the dense one in TensorRT, in fp16, and count the layers it runs sparse."""
-    try:
-        check_provider("tensorrt")
-    except MachineError as error:
-        return {"skipped": str(error)}
+    if reason := lacking("tensorrt"):
+        return {"skipped": reason}
     rows = []
     for variant in VARIANTS[1:]:
         homes = [graphs(name, which, args) for which in ("dense", variant)]
@@ -394,6 +407,7 @@ def training(name: str, args: argparse.Namespace) -> Part:
 def parts_of(args: argparse.Namespace) -> dict[str, Callable[[], Part]]:
     """All parts in the order of their worth, should the machine be taken away."""
     found: dict[str, Callable[[], Part]] = {f"prune/{name}": partial(prune, name, args) for name in args.models}
+    found |= {f"finetune/{name}": partial(training, name, args) for name in args.models}  # both need only PyTorch
     for name in args.models:
         for variant in VARIANTS:
             for graph in GRAPHS:
@@ -401,7 +415,6 @@ def parts_of(args: argparse.Namespace) -> dict[str, Callable[[], Part]]:
                 found[key] = partial(throughput, name, variant, graph, args)
         found[f"cuda-graph/{name}"] = partial(recorded, name, args)
         found[f"tensorrt/{name}"] = partial(tensorrt, name, args)
-        found[f"finetune/{name}"] = partial(training, name, args)
     return found
 
 
@@ -423,6 +436,10 @@ def run(args: argparse.Namespace, parts: dict[str, Part]) -> bool:
         except Exception as error:  # the other parts may do
             part = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
             print(part["error"], flush=True)
+        if "skipped" in part:
+            print(f"left out: {part['skipped']}", flush=True)
+            if "rows" in parts.get(name, {}):
+                continue  # what another machine measured stays
         where = {"command": command, "environment": environment(args.threads), "versions": versions()}
         parts[name] = {**part, **where, "cuda": torch_cuda(), "took_s": round(time.perf_counter() - start, 1)}
         failed = [what for what, passed in part.get("checks", {}).items() if not passed]
@@ -572,7 +589,7 @@ def timing_section(parts: Mapping[str, Part]) -> str:
         blocks += [f"### {model}"]
         if body := [row for part in here for row in timing_rows(part)]:
             blocks += [table(columns, body, 4)]
-        blocks += [f"Not measured: {part['skipped']}" for part in here if "skipped" in part]
+        blocks += dict.fromkeys(f"Not measured: {part['skipped']}" for part in here if "skipped" in part)
     return "\n\n".join(blocks)
 
 
@@ -676,12 +693,10 @@ def settings() -> argparse.Namespace:
 
 
 def check_machine() -> None:
-    """Refuse a machine without a GPU that both PyTorch and ONNX Runtime can use."""
+    """Refuse a machine without a GPU that PyTorch can use."""
     require_device("cuda")
     if not torch.cuda.is_available():
         raise MachineError("PyTorch sees no CUDA device here: use a machine with a GPU, or --quick")
-    require_provider("cuda")
-    check_provider("cuda")
 
 
 def main() -> int:

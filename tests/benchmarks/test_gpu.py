@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended import pretended_cuda
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
@@ -87,6 +88,28 @@ def test_parts_are_written_one_by_one_and_resumed(
     args.only = ["finetune"]
     with pytest.raises(gpu.MachineError, match="no part begins with finetune"):
         gpu.run(args, parts)
+
+
+def test_what_only_pytorch_computes_is_measured_without_a_provider(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pruning and fine-tuning, on a pretended GPU; the rest says why not, and takes nothing measured away."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--threads", "1", "--work", str(tmp_path)])
+    args = gpu.settings()
+    args.device = args.provider = "cuda"
+    args.json = tmp_path / "gpu.json"
+    measured = part(rows=[], checks={"good": True})
+    parts = {"tensorrt/clip-tiny": measured}
+    with pretended_cuda():
+        assert gpu.run(args, parts)
+    assert parts["tensorrt/clip-tiny"] is measured
+    (pruned,), trained = parts["prune/clip-tiny"]["rows"], parts["finetune/clip-tiny"]["rows"]
+    assert pruned["memory"] is not None and [row["how"] for row in trained] == list(args.trainings)
+    left_out = {name for name, found in parts.items() if "skipped" in found}
+    assert left_out == {name for name in gpu.parts_of(args) if name.startswith(("throughput", "cuda-graph"))}
+    assert all("provider cuda cannot run here" in parts[name]["skipped"] for name in left_out)
+    assert gpu.document(parts, list(gpu.parts_of(args))).count("Not measured: provider cuda") == 2  # once per section
+    assert "left out: provider" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

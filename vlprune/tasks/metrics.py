@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-from pycocoevalcap.cider.cider_scorer import CiderScorer
 
 from vlprune.tasks.ptb import caption_words
 
@@ -186,6 +184,10 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
     Returns:
         Scores: cider, bleu_1 .. bleu_4, exact, without outputs.
     """
+    # Not at the top: training imports this room, too, and needs neither.
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
     bleu, cider = BleuScorer(n=4), CiderScorer(n=4, sigma=6.0)
     exact = []
     for caption, true in zip(captions, references, strict=True):
