@@ -79,7 +79,7 @@ def test_everything_is_shown(rich: dict[str, Any], run: Path) -> None:
     assert "25.0 % 1.05 MB of 4.20 MB" in text
     assert "do not make standard ONNX operators faster" in text
     assert "0.800 [0.780, 0.820] slower 10.00 → 12.50 ms" in text
-    assert "models disagree on 3 of the first 200 test samples" in text
+    assert "fine-tuned models disagree on 3 of the first 200 test samples" in text
     assert "ratios: - 0.9" in text and "Some | processor, 2 threads" in text
 
 

@@ -430,10 +430,16 @@ def _chosen(rows: Sequence[Sample]) -> list[str]:
     for row in rows:
         asked = "finding an image" if "image" in row else "finding a text" if row["task"] == "retrieval" else ""
         told[asked] = (
-            f"{f'{asked}: ' if asked else ''}models disagree on {row['differing']:,} of the first "
+            f"{f'{asked}: ' if asked else ''}{_who(row)} disagree on {row['differing']:,} of the first "
             f"{row['candidates']:,} test samples"
         )
     return list(told.values())
+
+
+def _who(row: Sample) -> str:
+    """Whose disagreement counts, see `vlprune.report.samples`."""
+    tuned = any(output["variant"].endswith("-finetuned") for output in row["outputs"])
+    return "fine-tuned models" if tuned else "models"
 
 
 def _card(row: Sample, folder: Path | None, order: Mapping[str, int]) -> dict[str, Any]:
@@ -466,6 +472,7 @@ def _card(row: Sample, folder: Path | None, order: Mapping[str, int]) -> dict[st
         "target": _image(folder, row["image"]) if "image" in row else None,
         "finds_image": "image" in row,
         "differs": row["differs"],
+        "who": _who(row),
         "answers": list(answers.values()),
     }
 
