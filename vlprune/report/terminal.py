@@ -54,8 +54,7 @@ def table(caption: str, rows: Sequence[Mapping[str, Any]], text_columns: int | N
             numeric = index >= text_columns
         # rich narrows the widest columns, which tears names apart; those of variants stand first
         whole = index == 0 and max((len(written(row.get(column))) for row in rows), default=0) <= 30
-        justify = "right" if numeric else "left"
-        grid.add_column(Text(column), justify=justify, overflow="fold", no_wrap=whole)
+        grid.add_column(Text(column), justify="right" if numeric else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         grid.add_row(*(Text(written(row.get(column))) for column in columns))
     return grid
