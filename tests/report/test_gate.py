@@ -161,6 +161,8 @@ def test_sizes_and_differences(ready: dict[str, Any]) -> None:
     ready["graphs"].append(packed)
     assert _statuses(_judge(ready, max_bytes=1_000_000)) == ["pass"]  # what ships is the packed one
     assert _statuses(_judge(ready, max_bytes=1_000_000, forms=["plain"])) == ["fail"]
+    (check,) = _judge(ready, max_bytes=1_000_000, forms=["fp16"])
+    assert (check.status, check.place) == ("missing", "fp16")
     assert _statuses(_judge(ready, max_abs_diff=1e-5)) == ["pass", "fail"]
     assert set(_statuses(_judge(ready, max_abs_diff={"packed": 1e-2, "plain": 1e-5}))) == {"pass"}
 

@@ -171,6 +171,7 @@ class _Subject:
         rows: list[Any] = [*self.metrics, *self.graphs, *self.timed]
         found = dict.fromkeys(packing(row) for row in rows)
         self.shipped = [form for form in found if form != "plain"] or list(found)
+        self.expected = self.shipped or forms or ["plain"]
 
     def check(self, limit: str, status: Status, subject: str, place: str, bound: str, found: str, value: Any) -> Check:
         return Check(limit, status, self.id, subject, place, bound, found, value)
@@ -310,7 +311,7 @@ def _gaps(subject: _Subject, rows: Sequence[Any], limit: str, lacks: str) -> lis
             subject.missing(limit, f"{task} / {graph}", form, lacks),
         )
         for task, graph in subject.exported
-        for form in subject.shipped or ["plain"]
+        for form in subject.expected
         if (task, graph, form) not in there
     ]
 
