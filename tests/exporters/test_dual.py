@@ -13,6 +13,7 @@ import vlprune
 from vlprune import exporters
 from vlprune.data.sets import CaptionData
 from vlprune.errors import RequestError
+from vlprune.exporters import ranges
 from vlprune.models.family import apply_masks
 from vlprune.runtime import operators
 from vlprune.runtime.session import load_graphs
@@ -53,6 +54,27 @@ def exported(duals, data, tmp_path_factory):
         return made[kind]
 
     return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_integer_goes_where_cuda_has_no_kernel(kind, exported):
+    """ONNX Runtime would copy it to the CPU and back in every run, and refuse to record a CUDA graph."""
+    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
+    only_floats = {"ArgMax", "ArgMin", "Einsum", "Sigmoid", "Softmax", "ReduceL1", "ReduceL2", "ReduceLogSumExp"}
+    for file in sorted(exported(kind)[1].glob("*.onnx")):
+        model = onnx.load(file)
+        types = ranges.types_of(model)
+        used = {(node.op_type, types[node.input[0]]) for node in model.graph.node}
+        assert not {(name, kind) for name, kind in used if name in only_floats and kind not in floats}, file
+
+
+@pytest.mark.parametrize("kind", ["clip", "legacy"])
+def test_a_text_ends_at_its_first_end(kind, duals):
+    model = vlprune.load(str(duals(kind).folder))
+    end = model.processor.special_ids()["eos_token_id"]
+    ids = torch.tensor([[0, 5, end, end], [0, end, 3, end], [end, 1, 1, 1], [0, 1, 5, 4]])
+    ends = ids == (ids.amax(1, keepdim=True) if kind == "legacy" else end)
+    assert torch.equal(model._last(ids), ends.int().argmax(1))  # transformers' way
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -117,10 +117,13 @@ class Clip(DualEncoder):
         return Steps(begin, [partial(step, layer) for layer in text.encoder.layers], finish)
 
     def _last(self, ids: Tensor) -> Tensor:
-        """Find the first end token of each text [B], which padding may repeat."""
-        ids = ids.to(torch.int32)  # ONNX Runtime's ArgMax takes no int64
+        """Find the first end token of each text [B], which padding may repeat; 0 where there is none.
+
+        Not by argmax: for integers ONNX Runtime has none on a GPU, and copies them to the CPU and back in every run.
+        """
         end = self.config.text_config.eos_token_id
-        return (ids if end == LEGACY_EOS else (ids == end).to(torch.int32)).argmax(dim=-1)
+        found = (ids == (ids.amax(1, keepdim=True) if end == LEGACY_EOS else end)).to(torch.int64)
+        return (found.cumsum(1) == 0).sum(1) * found.amax(1)
 
     def contrastive_loss(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
         """Cross entropy both ways over the batch; where several texts belong to an image they share the target.
