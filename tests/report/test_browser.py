@@ -211,3 +211,12 @@ def test_paper_shows_what_is_folded(opened: Open, rich: dict[str, Any]) -> None:
     page.emulate_media(media="print")
     assert table.is_visible()
     assert page.pdf().startswith(b"%PDF")
+
+
+def test_names_leave_room_for_figures_on_a_phone(opened: Open, rich: dict[str, Any]) -> None:
+    for row in rich["graphs"]:
+        row["file"] = f"onnx/{'a-long-name/' * 6}graph.onnx"
+    page = opened(rich, PHONE)
+    page.evaluate("for (const e of document.querySelectorAll('details')) e.open = true")
+    names = "[...document.querySelectorAll('.sheet tbody th')].map(e => e.getBoundingClientRect().width)"
+    assert 0 < max(page.evaluate(names)) < PHONE / 2
