@@ -139,7 +139,7 @@ def _value(row: Mapping[str, Any], metric: str) -> str:
 def _use(manifest: Manifest) -> str:
     return f"""## Use
 
-    pip install vlprune-edge
+    pip install ./edge      # in a clone of vlprune: its folder edge/
     vlprune-edge verify FILE
 
 ```python
