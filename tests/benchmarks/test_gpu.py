@@ -90,6 +90,7 @@ def test_parts_are_written_one_by_one_and_resumed(
         gpu.run(args, parts)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_only_pytorch_computes_is_measured_without_a_provider(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
