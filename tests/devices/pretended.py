@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import torch
@@ -30,8 +30,6 @@ COPIES = {aten.copy_.default, aten._to_copy.default, aten.copy.default}
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor}
 # Operators beside the pointwise ones that take a number as a tensor on the CPU.
 NUMBERS = {"masked_fill", "masked_fill_", "fill_", "where", "_fused_adamw_"}
-
-
 # Functions by what autocast does to their arguments.
 LOWER = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "conv2d", "einsum",
          "scaled_dot_product_attention"}  # fmt: skip
@@ -95,12 +93,11 @@ class OnDevice(Tensor):
         return _TO(self, CUDA if there else CPU, dtype, copy=kwargs.get("copy", False))
 
     def __getitem__(self, index: Any) -> Any:
-        # As above, of lists.
+        # C++ would make lists and numbers tensors on the device that it takes this one to be on.
         parts = index if isinstance(index, tuple) else (index,)
         return Tensor.__getitem__(self, tuple(torch.tensor(x) if isinstance(x, list) else x for x in parts))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        # C++ would make the number a tensor on the device that it takes this one to be on.
         Tensor.__setitem__(self, index, value if isinstance(value, Tensor) else torch.tensor(value, dtype=self.dtype))
 
     def cuda(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -114,9 +111,6 @@ class OnDevice(Tensor):
 
     def tolist(self) -> Any:
         return self.detach().to("cpu").tolist()
-
-    def data_ptr(self) -> int:
-        return self.value.data_ptr()
 
     def __repr__(self, **kwargs: Any) -> str:
         return f"OnDevice({self.value!r})"
@@ -247,8 +241,6 @@ def _everywhere(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Saved:
     """torch.save and torch.load for tensors of the device."""
-
-    seen: ClassVar[list[Any]] = []
 
     def __init__(self) -> None:
         self._save, self._load = torch.save, torch.load
