@@ -120,10 +120,11 @@ class Clip(DualEncoder):
         """Find the first end token of each text [B], which padding may repeat; 0 where there is none.
 
         Not by argmax: for integers ONNX Runtime has none on a GPU, and copies them to the CPU and back in every run.
+        Counted in floats, which TensorRT adds up, too.
         """
         end = self.config.text_config.eos_token_id
-        found = (ids == (ids.amax(1, keepdim=True) if end == LEGACY_EOS else end)).to(torch.int64)
-        return (found.cumsum(1) == 0).sum(1) * found.amax(1)
+        found = (ids == (ids.amax(1, keepdim=True) if end == LEGACY_EOS else end)).float()
+        return ((found.cumsum(1) == 0).float().sum(1) * found.amax(1)).long()
 
     def contrastive_loss(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
         """Cross entropy both ways over the batch; where several texts belong to an image they share the target.
