@@ -48,6 +48,7 @@ EXPORTING = ("vlprune.exporters.blip", "vlprune.exporters.simplify", "vlprune.mo
 PACKING = ("vlprune.exporters.pack", "vlprune.exporters.fusion", "vlprune.exporters.layout")
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("_workers.py")
+SHORT = 3  # samples
 PARTS = ("image", "text", "decoder", "int8", "deepsparse", "memory", "threads", "kernel")
 GRAPHS = {
     "image": ("retrieval", "image_encoder"),
@@ -83,6 +84,7 @@ class Sizes:
         grid: sparsities of single layers.
         kernel_seconds: of timing per single layer.
         judged: whether the targets are for this model.
+        sweeps: how often comparisons of at most `SHORT` samples are measured.
     """
 
     model: str = "blip-base-random"
@@ -98,10 +100,11 @@ class Sizes:
     grid: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     kernel_seconds: float = 1.0
     judged: bool = True
+    sweeps: int = 5
 
 
 FULL = Sizes()
-QUICK = Sizes("blip-tiny", 0.2, ("90",), (1,), (16,), 16, (1,), 1, ((192, 192),), (1, 16), (0.3, 0.9), 0.05, False)
+QUICK = Sizes("blip-tiny", 0.2, ("90",), (1,), (16,), 16, (1,), 1, ((192, 192),), (1, 16), (0.3, 0.9), 0.05, False, 3)
 
 
 # --- the graphs -------------------------------------------------------------------------------------------------------
@@ -322,6 +325,7 @@ class Bench:
         self.threads = threads
         self.rows = rows
         self.keep = keep
+        self.short: dict[str, Callable[[], dict[str, Any]]] = {}  # comparisons that are measured in every sweep
 
     def once(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Measure a row unless it is there."""
@@ -364,7 +368,24 @@ class Bench:
             return {**row, "against": kind}
 
         named = {"mask": mask, "values": values, "batch": batch, "length": length, "threads": threads or self.threads}
-        self._judged(case(part, f"{mask} {values}", batch, length, threads), named, measure, "ratio", target)
+        name = case(part, f"{mask} {values}", batch, length, threads)
+        self._judged(name, named, measure, "ratio", target)
+        if batch <= SHORT:
+            self.short[name] = measure
+
+    def sweep(self) -> None:
+        """Measure the short comparisons again, minutes later; the sweep with the median ratio counts."""
+        for count in range(2, self.sizes.sweeps + 1):
+            for name, measure in self.short.items():
+                row = self.rows[name]
+                sweeps = row.setdefault("sweeps", [dict(row)])
+                if len(sweeps) < count:
+                    sweeps.append(measure())
+                    row.update(sorted(sweeps, key=lambda sweep: sweep["ratio"])[len(sweeps) // 2])
+                    if row["target"] is not None:
+                        row["reached"] = bool(row["ratio"] >= row["target"])
+                    self.keep()
+                    say(f"{name}, sweep {count}: {brief(sweeps[-1])}")
 
     def _judged(
         self,
@@ -774,13 +795,13 @@ def ratio(row: dict[str, Any]) -> str:
     return "{:.2f} [{:.2f}, {:.2f}]".format(row["ratio"], *row["ratio_ci95"])
 
 
-TIMED = ["against", "its ms", "packed ms", "ratio [95 %]", "target", "", "rounds (dropped)"]
+TIMED = ["against", "its ms", "packed ms", "ratio [95 %]", "target", "", "rounds (dropped)", "all sweeps"]
 
 
 def timed(row: dict[str, Any]) -> list[str]:
     """Print what every timed row has."""
     if row.get("ratio") is None:
-        return ["", "", "", row.get("reason", "–"), *verdict(row), ""]
+        return ["", "", "", row.get("reason", "–"), *verdict(row), "", ""]
     return [
         row.get("against", ""),
         f"{row['dense']['p50_ms']:.2f}",
@@ -788,6 +809,7 @@ def timed(row: dict[str, Any]) -> list[str]:
         ratio(row),
         *verdict(row),
         f"{row['rounds']} ({row['dropped']})" + (" disturbed" if "note" in row else ""),
+        ", ".join(f"{sweep['ratio']:.2f}" for sweep in row.get("sweeps", [])),
     ]
 
 
@@ -971,7 +993,9 @@ def document(figures: dict[str, Any]) -> str:
         f"{figures['made_of']['isa']}, onnxruntime {machine['onnxruntime']}, Python {machine['python']}.",
         f"Model {settings['model']}; every prunable Linear zeroed by a random mask. Times are medians by the protocol "
         "of `vlprune/runtime/timing.py`; the dense graph compared with is the faster of the one exported and the one "
-        "with fused attention, and is named. Differences are to the dense graph with the same zeros, relative to its "
+        "with fused attention, and is named. A neighbour of a virtual machine can make minutes unlike others: "
+        "comparisons of few samples are measured in several sweeps, each after all others, and the one with the median "
+        "ratio counts. Differences are to the dense graph with the same zeros, relative to its "
         "largest value; sizes are of files, 1 MB = 1,000,000 bytes.",
     ]
     parts = [text for part in PARTS if any(name.startswith(f"{part}/") for name in rows) for text in TEXTS[part](rows)]
@@ -1059,6 +1083,7 @@ def main() -> None:
     for part in PARTS:
         if part in chosen:
             (bench.scaling if part == "threads" else getattr(bench, part))()
+    bench.sweep()
     keep()
     text = document(figures)
     print(text)
