@@ -515,9 +515,9 @@ class Bench:
                     pings.append(time.perf_counter() - start)
                 for values, packed in opened.items():
                     ours = packed.run(None, feeds)
+                    sides = (lambda: ask("run"), bound(packed, feeds))
                     row = timing.measure(
-                        lambda: ask("run"),
-                        bound(packed, feeds),
+                        lambda sides=sides: sides,
                         seconds=self.sizes.seconds,
                         watch=lambda: watch(process.pid),
                     )
@@ -608,7 +608,7 @@ def kernel_worker() -> None:
                 path = Path(scratch) / f"{name}.onnx"
                 onnx.save_model(model, path)
                 runs.append(bound(session(path, threads=task["threads"]), {"x": x}))
-            row = timing.measure(*runs, seconds=task["seconds"])
+            row = timing.measure(lambda runs=tuple(runs): runs, seconds=task["seconds"])
             figures = {key: row[key] for key in ("ratio", "ratio_ci95", "rounds", "dropped")}
             figures |= {key: row[key]["p50_ms"] for key in ("dense", "compressed")}
             print(json.dumps(figures | ({"note": row["note"]} if "note" in row else {})), flush=True)

@@ -287,7 +287,7 @@ def speed_section(part: dict[str, Any], provider: str) -> str:
         f"Random weights of BLIP-base's and CLIP ViT-B/16's shapes, 224 pixels, ratio {RATIO}. Removed: share of the "
         "prunable weights; parameters: all that are left, word embeddings included; GFLOPs, file, ms: of the image "
         f"encoder (ONNX Runtime, batch {batch}), a multiply-add being two; all files: of the task retrieval, fp32. `x` "
-        "is the share of the dense graph's at the same precision, of times with its 95 % bootstrap interval; "
+        "is the share of the dense graph's at the same precision, of times with its 95 % interval; "
         "int8-dynamic is both sides quantised by ONNX Runtime, which leaves the products inside attentions in fp32: a "
         "cut that keeps heads and takes neurons gains less there. The target is for time and file. A timing is "
         "`disturbed` where other processes took cores in so many rounds that it gets no verdict."

@@ -62,7 +62,7 @@ BATCH = 32  # samples at once in calibration and evaluation
 # Forms of the exported graphs: as exported; packed; with joined nodes; else a name of `names.PRECISIONS`. The dense
 # graphs are quantised to dynamic int8 while packed ones are measured, and not kept where that was not asked for.
 PLAIN, PACKED, FUSED, INT8 = "plain", packed_files.PACKED, "fused", DYNAMIC
-BENCH_SECONDS = 2.0  # per graph and batch size; slow graphs take their ten rounds, however long
+BENCH_SECONDS = 2.0  # per graph and batch size; slow graphs take their twelve rounds, however long
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,16 @@ Two sessions on one machine disturb each other, and both are disturbed by whatev
 * rounds of two blocks, one per side, in the order A B, B A, A B ...: a drift of the clock speed hits both sides alike;
 * the first run of every block is thrown away: it finds the other side's data in the caches;
 * rounds during which other processes took cores away from this one are thrown away;
+* on a CPU both graphs are opened again several times: where their memory happens to lie makes one file up to 20 %
+  faster or slower than itself, for as long as it stays open, which no number of rounds would show;
 * on a GPU inputs and outputs lie in its memory, and every run is waited for: copies are timed apart;
-* the 95 % interval of the ratio comes from resampling rounds, not runs: runs of one block are not independent.
+* the 95 % interval of the ratio is the range of the ratios of six such pairs: all six lie on one side of the truth once
+  in 32 times, whatever their distribution. Neither runs nor rounds of one pair are independent.
 """
 
 import contextlib
 import gc
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -20,18 +24,20 @@ from typing import Any
 import numpy as np
 
 from vlprune.errors import RequestError
-from vlprune.runtime.device import bind, gpu_state, states
+from vlprune.runtime.device import Bound, bind, gpu_state, states
 from vlprune.runtime.generate import Arrays
 from vlprune.runtime.session import DTYPES, refusals
 
 
-MIN_ROUNDS = 10  # undisturbed ones needed for a verdict
+PAIRS = 6  # with undisturbed rounds, needed for a verdict: 1 - 2 / 2 ** 6 = 96.9 %; twice as many are tried
+MIN_ROUNDS = 2  # per pair, and an even number: each side leads as often
 MAX_DISTURBANCE = 0.1  # cores taken away during a round
 RUNS_KEPT = 50  # per block; more runs of a tiny graph tell nothing new about it
-RESAMPLES = 2000
 PATCH = 16  # pixels per image token and side, where task.json does not count the tokens
 
+Run = Callable[[], object]  # runs a graph once, to the end
 Watch = Callable[[], Callable[[], float]]  # starts to watch; the result tells the disturbance since
+Round = list[list[float]]  # per side, per run: seconds
 
 
 def compare(
@@ -58,8 +64,9 @@ def compare(
         batch: samples per run.
         provider: "cpu", "cuda" or "tensorrt".
         threads: CPU threads, None = as many as the process may use.
-        seconds: time to measure for; slow graphs take `MIN_ROUNDS` rounds, disturbed ones up to twice the time.
-        seed: of the inputs and the interval.
+        seconds: time to measure for, without that of opening; slow graphs take `PAIRS * MIN_ROUNDS` rounds, disturbed
+            ones up to twice the time.
+        seed: of the inputs.
         cuda_graph: record the kernels of each graph once, and start them all at once; not on a CPU.
 
     Returns:
@@ -76,43 +83,50 @@ def compare(
     def feeds(graph: Any) -> Arrays:
         return feeds_for(graph, spec, batch, seed=seed)
 
+    def opened(*paths: Path | str) -> list[Bound]:
+        return [bind(path, provider, feeds, threads, cuda_graph) for path in paths]
+
+    turns = itertools.cycle((False, True))  # what is opened first has the worse place in memory
+
+    def pair() -> tuple[Run, Run]:
+        if next(turns):
+            after, before = opened(compressed, dense)
+        else:
+            before, after = opened(dense, compressed)
+        return before.run, after.run
+
     with refusals(f"{compressed} cannot be timed against {dense}"):
-        sides = {
-            name: bind(path, provider, feeds, threads, cuda_graph)
-            for name, path in (("dense", dense), ("compressed", compressed))
-        }
-        before, after = sides.values()
         if provider == "cpu":
-            return measure(before.run, after.run, batch=batch, seconds=seconds, seed=seed)
+            return measure(pair, batch=batch, seconds=seconds)
+        # TensorRT takes minutes to open a graph, and a GPU's memory is laid out alike every time.
+        before, after = opened(dense, compressed)
         seen = [gpu_state()]
-        row = measure(before.run, after.run, batch=batch, seconds=seconds, seed=seed)
+        row = measure(lambda: (before.run, after.run), batch=batch, seconds=seconds)
         seen.append(gpu_state())
-        whole = measure(before.whole, after.whole, batch=batch, seconds=seconds / 2, seed=seed)
+        whole = measure(lambda: (before.whole, after.whole), batch=batch, seconds=seconds / 2)
     row["end_to_end"] = {key: whole[key] for key in ("dense", "compressed", "ratio", "ratio_ci95", "verdict")}
-    row |= {"nodes": {name: side.nodes for name, side in sides.items()}, "cuda_graph": cuda_graph, **states(*seen)}
+    nodes = {"dense": before.nodes, "compressed": after.nodes}
+    row |= {"nodes": nodes, "cuda_graph": cuda_graph, **states(*seen)}
     if after.sparse is not None:
         row["sparse_layers"] = {"eligible": after.sparse.eligible, "chosen": after.sparse.chosen}
     return row
 
 
 def measure(
-    dense: Callable[[], object],
-    compressed: Callable[[], object],
+    pair: Callable[[], tuple[Run, Run]],
     *,
     batch: int = 1,
     seconds: float = 5.0,
-    seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Time two functions against each other, see the top of this file.
 
     Args:
-        dense: runs the dense graph once, to the end.
-        compressed: runs the compressed graph once, to the end.
+        pair: makes both, dense and compressed, anew where that can change how fast they are; called once per pair, when
+            those of the last one are gone.
         batch: samples per run.
-        seconds: time to measure for.
-        seed: of the interval.
+        seconds: time to measure for, without that of `pair`.
         clock: seconds.
         watch: starts watching for other processes; `watch_cpus` by default.
 
@@ -123,28 +137,19 @@ def measure(
             where too few undisturbed rounds were left for a verdict: the figures are then from all rounds.
     """
     watch = watch or watch_cpus
-    sides = (dense, compressed)
+    kept: list[list[Round]] = []  # per pair
+    disturbed: list[list[Round]] = []
     gc_was_on = gc.isenabled()
     gc.disable()
     try:
-        slowest = max(_warm_up(run, seconds / 10, clock) for run in sides)
-        runs = max(1, round(seconds / 50 / max(slowest, 1e-9)))  # per block: 25 rounds fit into the time
-        kept: list[list[list[float]]] = []  # per round, per side, per run: seconds
-        disturbed: list[list[list[float]]] = []
-        start = clock()
-        while True:
-            passed, total = clock() - start, len(kept) + len(disturbed)
-            if passed >= seconds and (len(kept) >= MIN_ROUNDS or (passed >= 2 * seconds and total >= MIN_ROUNDS)):
-                break
-            since = watch()
-            block: list[list[float]] = [[], []]
-            for side in (0, 1) if total % 2 == 0 else (1, 0):
-                block[side] = _block(sides[side], runs, clock)
-            (disturbed if since() > MAX_DISTURBANCE else kept).append(block)
+        while len(kept) < PAIRS or (sum(map(bool, kept)) < PAIRS and len(kept) < 2 * PAIRS):
+            calm, rest = _pair(pair(), seconds / PAIRS, clock, watch)
+            kept.append(calm)
+            disturbed.append(rest)
     finally:
         if gc_was_on:
             gc.enable()
-    return _row(kept, disturbed, batch, seed)
+    return _row(kept, disturbed, batch)
 
 
 def feeds_for(
@@ -267,7 +272,25 @@ def _cores() -> tuple[float, float] | None:
     return float(user + nice + system + hardware + software), float(stolen)
 
 
-def _warm_up(run: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
+def _pair(
+    sides: tuple[Run, Run], seconds: float, clock: Callable[[], float], watch: Watch
+) -> tuple[list[Round], list[Round]]:
+    """Rounds of one pair, undisturbed ones and the others."""
+    slowest = max(_warm_up(run, seconds / 10, clock) for run in sides)
+    runs = max(1, round(seconds / 8 / max(slowest, 1e-9)))  # per block: four rounds fit into the time
+    kept: list[Round] = []
+    disturbed: list[Round] = []
+    start = clock()
+    while (total := len(kept) + len(disturbed)) < MIN_ROUNDS or total % 2 or clock() - start < seconds:
+        since = watch()
+        block: Round = [[], []]
+        for side in (0, 1) if total % 2 == 0 else (1, 0):
+            block[side] = _block(sides[side], runs, clock)
+        (disturbed if since() > MAX_DISTURBANCE else kept).append(block)
+    return kept, disturbed
+
+
+def _warm_up(run: Run, seconds: float, clock: Callable[[], float]) -> float:
     """Run until caches, memory pools and clock speeds have settled; seconds per run, without the first."""
     run()
     start, count = clock(), 0
@@ -277,7 +300,7 @@ def _warm_up(run: Callable[[], object], seconds: float, clock: Callable[[], floa
     return (clock() - start) / count
 
 
-def _block(run: Callable[[], object], runs: int, clock: Callable[[], float]) -> list[float]:
+def _block(run: Run, runs: int, clock: Callable[[], float]) -> list[float]:
     """Seconds of each run after a first one that does not count."""
     run()
     times = []
@@ -288,27 +311,29 @@ def _block(run: Callable[[], object], runs: int, clock: Callable[[], float]) -> 
     return times[:: -(-runs // RUNS_KEPT)]
 
 
-def _row(kept: list[list[list[float]]], disturbed: list[list[list[float]]], batch: int, seed: int) -> dict[str, Any]:
-    enough = len(kept) >= MIN_ROUNDS
-    rounds = np.array(kept if enough else kept + disturbed).swapaxes(0, 1)  # [2, rounds, runs]
-    medians = np.median(rounds.reshape(2, -1), axis=1)
-    low, high = _interval(rounds, seed)
+def _row(kept: list[list[Round]], disturbed: list[list[Round]], batch: int) -> dict[str, Any]:
+    enough = sum(map(bool, kept)) >= PAIRS
+    dropped = sum(map(len, disturbed))
+    pairs = kept if enough else [[*calm, *rest] for calm, rest in zip(kept, disturbed, strict=True)]
+    times = [[np.concatenate([block[side] for block in pair]) for side in (0, 1)] for pair in pairs if pair]
+    dense, compressed = (np.concatenate([pair[side] for pair in times]) for side in (0, 1))
+    ratio = float(np.median(dense) / np.median(compressed))
+    low, high = _interval(ratio, times)
     verdict = "no measurable difference"
     if enough and not low <= 1 <= high:
         verdict = "faster" if low > 1 else "slower"
+    rounds = sum(map(len, pairs))
     row = {
-        "dense": _summary(rounds[0], batch),
-        "compressed": _summary(rounds[1], batch),
-        "ratio": float(medians[0] / medians[1]),
+        "dense": _summary(dense, batch),
+        "compressed": _summary(compressed, batch),
+        "ratio": ratio,
         "ratio_ci95": [low, high],
         "verdict": verdict,
-        "rounds": rounds.shape[1],
-        "dropped": len(disturbed) if enough else 0,
+        "rounds": rounds,
+        "dropped": dropped if enough else 0,
     }
     if not enough:
-        row["note"] = (
-            f"other processes disturbed {len(disturbed)} of {len(kept) + len(disturbed)} rounds, too many for a verdict"
-        )
+        row["note"] = f"other processes disturbed {dropped} of {rounds} rounds, too many for a verdict"
     return row
 
 
@@ -317,14 +342,7 @@ def _summary(times: np.ndarray, batch: int) -> dict[str, float]:
     return {"p50_ms": p50 * 1e3, "p90_ms": p90 * 1e3, "p99_ms": p99 * 1e3, "per_s": batch / p50}
 
 
-def _interval(rounds: np.ndarray, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap of the ratio of medians over rounds [2, rounds, runs], both sides of a round together."""
-    random = np.random.default_rng(seed)
-    number = rounds.shape[1]
-    ratios = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        chosen = rounds[:, random.integers(0, number, number)].reshape(2, -1)
-        dense, compressed = np.median(chosen, axis=1)
-        ratios[index] = dense / compressed
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    return float(low), float(high)
+def _interval(ratio: float, pairs: list[list[np.ndarray]]) -> tuple[float, float]:
+    """Range of the pairs' own ratios of medians, and of the one of all runs."""
+    ratios = [ratio, *(float(np.median(dense) / np.median(compressed)) for dense, compressed in pairs)]
+    return min(ratios), max(ratios)
