@@ -220,18 +220,19 @@ def test_signatures_that_are_wrong(parts, refused, world):
         members = [("manifest.json", text), ("manifest.sig", signature), *parts.ordered()]
         archive.write(world / "a.zst", members)
 
-    write(key.sign(text))
+    right = key.sign(text)
+    write(right)
     assert verify(world / "a.zst", world / "key.pub")["signature"] == "valid"
     for signature, signed in (
         (other.sign(text), text),
         (bytes(64), text),
-        (key.sign(text)[:-1] + b"\0", text),
-        (key.sign(text), text + b"\n"),
-        (key.sign(text), text.replace(b"0.75", b"0.95")),
+        (right[:-1] + bytes([right[-1] ^ 1]), text),  # the last byte of one in sixteen is 0
+        (right, text + b"\n"),
+        (right, text.replace(b"0.75", b"0.95")),
     ):
         write(signature, signed)
         assert "the signature of the bundle is not by" in refused(lambda: verify(world / "a.zst", world / "key.pub"))
-    write(key.sign(text)[:63])
+    write(right[:63])
     refused(lambda: verify(world / "a.zst", world / "key.pub"))
 
 
