@@ -901,8 +901,8 @@ def int8_text(rows: Rows) -> list[str]:
 def deepsparse_text(rows: Rows) -> list[str]:
     """Write the part about DeepSparse."""
     about = (
-        f"DeepSparse {DEEPSPARSE} in a process of its own, on the same zeros (opset 12, one image), timed around a "
-        "request through a pipe."
+        f"DeepSparse {DEEPSPARSE} in a process of its own, on the same zeros (opset 12, one image), both opened "
+        "once, timed around a request through a pipe."
     )
     more = [
         f"A request alone takes {row['request_ms']:.2f} ms; largest difference between the two engines "

@@ -242,7 +242,7 @@ class Throughput(TypedDict):
         dense: the dense side at the same precision; in fp32 where the other side is packed, or dense itself.
         compressed: the compressed side; the dense model itself in rows that tell what a precision gains.
         ratio: dense time / compressed time; above 1 the compressed graph is faster.
-        ratio_ci95: its 95 % interval: the range of the ratios of at least six pairs of newly opened graphs.
+        ratio_ci95: its 95 % interval: the range over six measurements or more, on a CPU of graphs opened anew.
         verdict: what the interval says; it contains 1 -> "no measurable difference".
         rounds: undisturbed rounds that the figures come from.
         dropped: rounds thrown away because other processes took cores.

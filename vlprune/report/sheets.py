@@ -202,7 +202,8 @@ def throughput_sheet(report: Report) -> Sheet | None:
     columns = ["variant", "graph", "run by", "batch", "dense p50 ms", "p50 ms", "p99 ms", "per s", "ratio", "verdict"]
     intro = (
         "Both sides exported the same way and timed in alternating blocks by the same provider at the same precision; "
-        "ratio = dense time / compressed time, with its 95 % interval: the range over six openings of both graphs."
+        "ratio = dense time / compressed time, with its 95 % interval: the range over six measurements, on a CPU with "
+        "both graphs opened anew for each."
     )
     if has_int8(report) or len(precisions(report)) > 1:
         intro += " Rows of the dense model hold one of its other precisions against itself in fp32."

@@ -8,8 +8,9 @@ Two sessions on one machine disturb each other, and both are disturbed by whatev
 * on a CPU both graphs are opened again several times: where their memory happens to lie makes one file up to 20 %
   faster or slower than itself, for as long as it stays open, which no number of rounds would show;
 * on a GPU inputs and outputs lie in its memory, and every run is waited for: copies are timed apart;
-* the 95 % interval of the ratio is the range of the ratios of six such pairs: all six lie on one side of the truth once
-  in 32 times, whatever their distribution. Neither runs nor rounds of one pair are independent.
+* the 95 % interval of the ratio is the range of the ratios of six such pairs, on a GPU of six stretches of time: all
+  six lie on one side of the truth once in 32 times, whatever their distribution. Neither runs nor rounds of one pair
+  are independent.
 """
 
 import contextlib
@@ -86,7 +87,7 @@ def compare(
     def opened(*paths: Path | str) -> list[Bound]:
         return [bind(path, provider, feeds, threads, cuda_graph) for path in paths]
 
-    turns = itertools.cycle((False, True))  # what is opened first has the worse place in memory
+    turns = itertools.cycle((False, True))  # opened second, a graph was often a percent or two faster than itself
 
     def pair() -> tuple[Run, Run]:
         if next(turns):
@@ -98,7 +99,7 @@ def compare(
     with refusals(f"{compressed} cannot be timed against {dense}"):
         if provider == "cpu":
             return measure(pair, batch=batch, seconds=seconds)
-        # TensorRT takes minutes to open a graph, and a GPU's memory is laid out alike every time.
+        # TensorRT builds an engine when it opens a graph, so that is done once: intervals tell no openings apart.
         before, after = opened(dense, compressed)
         seen = [gpu_state()]
         row = measure(lambda: (before.run, after.run), batch=batch, seconds=seconds)
